@@ -1,0 +1,18 @@
+"""Save and restore runs by path, with Orbax, onto any mesh."""
+
+from llmos_jax.checkpoint.find import Found, find_checkpoint
+from llmos_jax.checkpoint.manifest import Manifest, check_same_model
+from llmos_jax.checkpoint.opened import OpenedCheckpoint, inspect, open_checkpoint
+from llmos_jax.checkpoint.store import CheckpointStore, require_space
+
+__all__ = [
+    "CheckpointStore",
+    "Found",
+    "Manifest",
+    "OpenedCheckpoint",
+    "check_same_model",
+    "find_checkpoint",
+    "inspect",
+    "open_checkpoint",
+    "require_space",
+]

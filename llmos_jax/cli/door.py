@@ -1,0 +1,77 @@
+"""Open a front door: parse, call the driver, print, and turn errors into exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmos_jax.cli.arguments import Arguments, parse
+from llmos_jax.errors import LlmosError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a verb has to say: for people, and for scripts."""
+
+    text: str
+    json: dict[str, Any]
+
+
+def run_verb(
+    parser: Arguments,
+    argv: Sequence[str] | None,
+    answer: Callable[[Any], Answer],
+) -> int:
+    """Run one verb and return its exit code.
+
+    stdout gets the answer alone: one JSON object with `--json`, else its text. Whatever
+    libraries print meanwhile goes to stderr. Errors of the LlmosError tree, full disks
+    and refused files become one `error:` line; anything else is a bug and keeps its
+    traceback.
+    """
+    wants_json = "--json" in (sys.argv[1:] if argv is None else argv)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.__stdout__):
+                arguments = parse(parser, argv)
+            result = answer(arguments)
+    except LlmosError as problem:
+        return _fail(str(problem), problem.exit_code, wants_json)
+    except OSError as problem:
+        if problem.errno is None or isinstance(problem, BrokenPipeError):
+            raise
+        return _fail(_os_text(problem), 1, wants_json)
+    except KeyboardInterrupt:
+        return _fail("interrupted.", 130, wants_json)
+    return _say(json.dumps(result.json) if wants_json else result.text)
+
+
+
+
+def _say(text: str) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        if text:
+            print(text, flush=True)
+    return 0
+
+
+def _fail(message: str, code: int, wants_json: bool) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if wants_json:
+        print(json.dumps({"error": message}), flush=True)
+    return code
+
+
+def _os_text(problem: OSError) -> str:
+    where = f" ({problem.filename})" if problem.filename else ""
+    if problem.errno == errno.ENOSPC:
+        return (
+            f"no space left on the disk{where}. Free some, or choose another folder "
+            "with --set run.dir=... or LLMOS_CACHE."
+        )
+    return f"{problem.strerror}{where}."

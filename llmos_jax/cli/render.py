@@ -1,0 +1,75 @@
+"""Turn a verb's figures into the lines a person reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmos_jax.units import format_seconds
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Aligned `name  value` lines."""
+    width = max(len(name) for name in figures)
+    return "\n".join(
+        f"{name.replace('_', ' '):<{width}}  {_number(value)}"
+        for name, value in figures.items()
+    )
+
+
+def train_summary(report: dict[str, Any]) -> str:
+    """What a finished (or stopped) run came to, and what to do next."""
+    if not report:
+        return ""
+    lines = [_stopped(report), ""]
+    if "val_bits_per_byte" in report:
+        lines += [
+            "held-out text        bits per byte",
+            f"  this model         {report['val_bits_per_byte']:.3f}",
+            f"  gzip -9            {report['gzip_bits_per_byte']:.3f}",
+            f"  xz -9              {report['xz_bits_per_byte']:.3f}",
+            "",
+        ]
+    run = report["run_dir"]
+    lines += [
+        f"report       {report['report']}",
+        f"checkpoint   {report['checkpoint']}",
+        f"plots        {run}/plots/",
+        f"metrics      {run}/metrics.jsonl, {run}/tensorboard/",
+        "",
+        "next",
+        f'  python -m llmos_jax.generate {run} --prompt "def main():"',
+        f"  python -m llmos_jax.evaluate {run}",
+        f"  python -m llmos_jax.train --set run.dir={run}-2 --set data.train=FOLDER",
+    ]
+    return "\n".join(lines)
+
+
+def doctor(report: dict[str, Any]) -> str:
+    """One line per check; the remedy under what is not in order."""
+    lines = []
+    for check in report["checks"]:
+        lines.append(f"{check['status']:<5} {check['name']:<18} {check['detail']}")
+        if check["remedy"]:
+            lines.append(f"{'':<25}{check['remedy']}")
+    if "checkpoint" in report:
+        lines += ["", table(report["checkpoint"])]
+    return "\n".join(lines)
+
+
+def _stopped(report: dict[str, Any]) -> str:
+    loss, rate = report.get("final_loss"), report.get("tokens_per_s")
+    figures = f"step {report['steps']}"
+    figures += "" if loss is None else f", loss {loss:.3f}"
+    figures += "" if rate is None else f", {rate:,.0f} tokens/s"
+    took = format_seconds(report["train_s"])
+    why = {
+        "finished": f"finished in {took}",
+        "time": f"stopped by train.max_minutes after {took}",
+    }.get(report["stopped_by"], f"stopped by {report['stopped_by']} after {took}, saved")
+    return f"{why}: {figures}"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,116 @@
+"""The keys a run config may hold: one frozen dataclass per TOML section.
+
+A field without a default is required. `key` metadata gives the name in the file where it
+is a Python keyword. Adding a field here adds the key, its type check, its `--set` and its
+place in the expanded config; nothing else lists the keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llmos_jax.ir.artefact import Artefact
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSection:
+    """Where the run lives and which random numbers it uses."""
+
+    dir: str = "runs/{name}"
+    """The run folder; running again on it resumes. `{name}` is the config's name."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSection:
+    """One step: give `global` (sequences over all devices) or `per_device`, not both."""
+
+    seq_len: int = 2048
+    global_: int | None = field(default=None, metadata={"key": "global"})
+    per_device: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSection:
+    """Pins: decisions made by hand; the planner makes the rest."""
+
+    mesh: dict[str, int] = field(default_factory=dict)
+    remat: str | None = None
+    microbatches: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSection:
+    """AdamW with linear warm-up and cosine decay, clipped by global norm."""
+
+    steps: int = 1000
+    max_minutes: float | None = None
+    """Stop (saved, evaluated, reported) when this much training time has passed."""
+    compute_dtype: Dtype = "bfloat16"
+    learning_rate: float = 3e-4
+    min_learning_rate_ratio: float = 0.1
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    explode_ratio: float = 3.0
+    """Stop when the loss exceeds this many times its running median."""
+    eval_every: int = 0
+    """Steps between evaluations on the validation text; 0: only at the end."""
+    eval_batches: int | None = None
+    """Batches per evaluation on the way; None: the whole validation text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSection:
+    """Asynchronous sharded checkpoints."""
+
+    every: int = 500
+    keep: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSection:
+    """Text to learn from: files, folders or patterns; .txt .jsonl .parquet, or
+    `python-docs`, the text that every Python carries."""
+
+    train: tuple[str, ...] = ("python-docs",)
+    validation: tuple[str, ...] = ()
+    """Empty: `validation_share` of the training documents, chosen by content hash."""
+    test: tuple[str, ...] = ()
+    validation_share: float = 0.01
+    text_key: str = "text"
+    """The field that holds the text in JSONL and Parquet."""
+    tokenizer: str = "train"
+    """`train`: a byte-level BPE with the model's vocabulary, trained on data.train and
+    cached; `bytes`: 256 bytes and an end mark; or the path of a tokenizer.json."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSection:
+    """What a finished run says, printed and shown in its report."""
+
+    prompts: tuple[str, ...] = ()
+    max_tokens: int = 48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig(Artefact):
+    """Everything one `train` or `plan` run was asked for."""
+
+    model: str
+    topology: str | None = None
+    rules: str | None = None
+    """A name under sharding_rules/ or a path; None: the model family's."""
+    run: RunSection = field(default_factory=RunSection)
+    batch: BatchSection = field(default_factory=BatchSection)
+    plan: PlanSection = field(default_factory=PlanSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    data: DataSection = field(default_factory=DataSection)
+    generate: GenerateSection = field(default_factory=GenerateSection)

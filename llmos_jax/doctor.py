@@ -1,0 +1,31 @@
+"""python -m llmos_jax.doctor [MODEL]: say what is here, what works, what is missing.
+
+With a run folder or checkpoint, also say what it holds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from llmos_jax import driver
+from llmos_jax.cli import Answer, arguments_of, render, run_verb
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Inspect, and print one line per check."""
+    parser = arguments_of("doctor", __doc__ or "")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a run folder, or a checkpoint in one"
+    )
+
+    def answer(arguments: Any) -> Answer:
+        report = driver.doctor(arguments.model)
+        return Answer(text=render.doctor(report), json=report)
+
+    return run_verb(parser, argv, answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""The whole data flow, top to bottom, one function per verb.
+
+Each reads as the picture in README.md does: a config becomes a model, a topology, rules
+and a workload; these become a Plan; the Plan becomes Programs; the Programs run. A verb
+imports the floors it needs when it is called, so that `plan` starts without Orbax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmos_jax import hardware, planner, rules
+from llmos_jax.config import RunConfig, load_config, load_model
+from llmos_jax.errors import ConfigError
+from llmos_jax.ir import ModelSpec, Pins, Plan, Topology, Workload
+from llmos_jax.places import cache_folder
+
+if TYPE_CHECKING:
+    from llmos_jax.data import PreparedText
+    from llmos_jax.serving import Sampling
+    from llmos_jax.training import Outcome, Session
+
+
+def plan(config: RunConfig) -> Plan:
+    """Config -> Plan. Touches devices only to learn what is here, if none is named."""
+    from llmos_jax import models
+
+    spec = resolve_model(config.model)
+    topology = resolve_topology(config.topology)
+    workload = resolve_workload(config, spec, topology)
+    return planner.plan(
+        models.param_table(spec),
+        topology,
+        workload,
+        rules.load_rules(config.rules or spec.family),
+        Pins(
+            mesh=config.plan.mesh or None,
+            remat=config.plan.remat,
+            microbatches=config.plan.microbatches,
+        ),
+    )
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Config -> checkpoints, metrics and a report in `run.dir`; returns report.json."""
+    from llmos_jax import data, lowering, models, training
+    from llmos_jax.telemetry import log
+
+    lowering.join_processes()
+    lowering.keep_compiled_programs()
+    is_first = lowering.is_first_process()
+    say = partial(log, enabled=is_first)
+
+    skeleton = models.skeleton(resolve_model(config.model))
+    chosen = plan(config)
+    say(chosen.explain())
+    folder = training.open_folder(
+        config, plan_document(chosen), is_first=is_first
+    )
+    finished = folder.finished_report(config.train.steps)
+    if finished is not None:
+        say(f"{folder.path} is finished: {folder.resume_step} steps, nothing to do.")
+        return finished
+
+    text = data.prepare(
+        config.data,
+        vocab_size=skeleton.spec.vocab_size,
+        model_name=skeleton.spec.name,
+        cache=cache_folder(),
+        on_progress=say,
+    )
+    session = training.open_session(skeleton, chosen, config)
+    outcome = training.conduct(session, text, folder, say=say, is_first=is_first)
+    score = None
+    samples: list[tuple[str, str]] = []
+    if outcome.reason != "signal":
+        score = session.score(outcome.state.params, text.validation, None)
+        samples = _samples(session, text, outcome)
+    if not is_first:
+        return {}
+    return training.summarise(session, text, folder, outcome, score, samples)
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Checkpoint + prompt -> its continuation; `on_text` sees it as it grows."""
+    from llmos_jax import checkpoint, data, lowering, serving
+
+    lowering.keep_compiled_programs()
+    opened = checkpoint.open_checkpoint(model)
+    decoder = data.StreamDecoder(opened.tokenizer)
+
+    completion = serving.Generator(
+        opened.skeleton, opened.params(), compute_dtype="float32"
+    ).complete(
+        opened.prompt_ids(prompt),
+        max_tokens=max_tokens,
+        sampling=sampling.check(),
+        stop_ids=frozenset({opened.tokenizer.eos_id}),
+        on_token=lambda token: on_text(decoder.push(token)),
+    )
+    return {
+        "text": opened.tokenizer.decode(list(completion.token_ids)),
+        "token_ids": list(completion.token_ids),
+        "prompt_tokens": completion.prompt_tokens,
+        "tokens_per_s": completion.tokens_per_s,
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Checkpoint + text -> perplexity and bits per byte.
+
+    The text is `data.test`, else `data.validation`, else the part that the run itself
+    held out; always cut with the tokenizer that the checkpoint carries.
+    """
+    from llmos_jax import checkpoint, data, lowering, training
+    from llmos_jax.telemetry import log
+
+    lowering.join_processes()
+    lowering.keep_compiled_programs()
+    opened = checkpoint.open_checkpoint(model)
+    source = opened.config_path
+    pins = [f"model={model}", *overrides]
+    config = load_config(None if source is None else str(source), pins).config
+    text = data.prepare_scored(
+        config.data, opened.tokenizer, cache=cache_folder(), on_progress=log
+    )
+    session = training.open_session(opened.skeleton, plan(config), config)
+    params = opened.params(session.param_shardings)
+    score = session.score(params, text, None)
+    return {
+        "model": opened.skeleton.spec.name,
+        "step": opened.step,
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte(text.num_bytes),
+        "accuracy": score.accuracy,
+        "tokens": score.tokens,
+        "bytes": text.num_bytes,
+        **data.compare(text.raw_bytes()),
+    }
+
+
+def doctor(model: str | None) -> dict[str, Any]:
+    """This machine (and a checkpoint, if one is named) -> what works and what does not."""
+    from llmos_jax import lowering
+    from llmos_jax.telemetry import environment
+
+    report: dict[str, Any] = {"environment": environment(), "checks": lowering.inspect()}
+    if model is not None:
+        from llmos_jax import checkpoint
+
+        report["checkpoint"] = checkpoint.inspect(model)
+    report["ok"] = all(check["status"] != "fail" for check in report["checks"])
+    return report
+
+
+def plan_document(chosen: Plan) -> dict[str, Any]:
+    """plan.json: the keys scripts rely on, and the whole artefact under `artefact`."""
+    return {**chosen.summary(), "artefact": chosen.to_json()}
+
+
+def resolve_model(name: str) -> ModelSpec:
+    """A name under configs/models/, a TOML path, a run folder or a checkpoint."""
+    if Path(name).expanduser().is_dir():
+        from llmos_jax.checkpoint import find_checkpoint
+
+        found = find_checkpoint(name)
+        return found.store.manifest(found.step).model
+    return load_model(name)
+
+
+def resolve_topology(name: str | None) -> Topology:
+    """A topology by name, or the devices that are here."""
+    if name is not None:
+        return hardware.parse_topology(name)
+    from llmos_jax import lowering
+
+    return lowering.local_topology()
+
+
+def resolve_workload(
+    config: RunConfig, spec: ModelSpec, topology: Topology
+) -> Workload:
+    """The training step a config asks for on a machine.
+
+    Raises:
+        ConfigError: a sequence longer than the model's context, or a
+            `batch.per_device` that makes no whole batch.
+    """
+    batch = config.batch
+    if batch.seq_len > spec.max_seq_len:
+        raise ConfigError(
+            f"batch.seq_len = {batch.seq_len} is longer than the context of "
+            f"{spec.name} ({spec.max_seq_len}). Set batch.seq_len to at most that."
+        )
+    if batch.global_ is not None:
+        global_batch = float(batch.global_)
+    else:
+        per_device = 1.0 if batch.per_device is None else batch.per_device
+        global_batch = per_device * topology.num_devices
+    if global_batch != round(global_batch):
+        raise ConfigError(
+            f"batch.per_device = {batch.per_device} on {topology.num_devices} devices "
+            f"makes {global_batch:g} sequences, which is no whole number."
+        )
+    return Workload(
+        phase="train",
+        global_batch=round(global_batch),
+        seq_len=batch.seq_len,
+        compute_dtype=config.train.compute_dtype,
+    ).check()
+
+
+def _samples(
+    session: Session, text: PreparedText, outcome: Outcome
+) -> list[tuple[str, str]]:
+    """What the trained model says after each of `generate.prompts`."""
+    from llmos_jax import lowering, serving
+
+    if not lowering.is_only_process():
+        return []
+    speaker = serving.Generator(
+        session.skeleton, outcome.state.params, compute_dtype="float32"
+    )
+    wanted = session.config.generate
+    return [
+        (
+            prompt,
+            text.tokenizer.decode(
+                speaker.complete(
+                    text.tokenizer.encode(prompt),
+                    max_tokens=wanted.max_tokens,
+                    sampling=serving.Sampling(),
+                    stop_ids=frozenset({text.tokenizer.eos_id}),
+                ).token_ids
+            ),
+        )
+        for prompt in wanted.prompts
+    ]

@@ -1,0 +1,83 @@
+"""Every error a user, a file, a device or a request can cause.
+
+LlmosError                      exit 1
+├── ConfigError (ValueError)    exit 2   a key, a value, a flag, a file that was named
+│   └── DataError               exit 2   the text or labels that a config points at
+├── RuleError (ValueError)      exit 2   a sharding rules file, or a model it cannot split
+├── PlanError                   exit 3
+│   └── NoFeasiblePlan          exit 3   every candidate was rejected; carries the reasons
+├── LowerError                  exit 1   the compiler, or the devices, said no
+├── CheckpointError             exit 1   a checkpoint that is missing, damaged or foreign
+│   └── PlanMismatch            exit 1   a checkpoint of another model
+└── TrainingError               exit 1   the run itself: NaN loss, no disk space
+
+The front doors turn any of them into one `error:` line and its exit code; whatever is
+not in this tree is our own bug and keeps its traceback. A message says what was wanted,
+what was got, where it came from and the nearest remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LlmosError(Exception):
+    """Base of everything that is not a bug of ours."""
+
+    exit_code = 1
+
+
+class ConfigError(LlmosError, ValueError):
+    """A config file, an override or a command line that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(ConfigError):
+    """Training or evaluation data that is missing, empty or unreadable."""
+
+
+class RuleError(LlmosError, ValueError):
+    """A sharding rules file that is wrong, or does not cover the model."""
+
+    exit_code = 2
+
+
+class PlanError(LlmosError):
+    """The planner was asked for something that cannot be planned."""
+
+    exit_code = 3
+
+
+class NoFeasiblePlan(PlanError):
+    """No candidate survived; `rejected` lists (mesh, reason) for each."""
+
+    def __init__(self, message: str, rejected: tuple[tuple[str, str], ...] = ()):
+        super().__init__(message)
+        self.rejected = rejected
+
+
+class LowerError(LlmosError):
+    """A plan could not be turned into a program on these devices."""
+
+
+class CheckpointError(LlmosError):
+    """A checkpoint could not be read or written."""
+
+
+class PlanMismatch(CheckpointError):
+    """A checkpoint belongs to another model than the one asked for."""
+
+
+class TrainingError(LlmosError):
+    """A training run cannot go on."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the nearest choice, or the whole list."""
+    known = sorted(set(choices))
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean {near[0]!r}?"
+    return f" Known: {', '.join(known)}." if known else ""

@@ -1,0 +1,46 @@
+"""python -m llmos_jax.generate MODEL --prompt TEXT: continue a prompt."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from llmos_jax import driver
+from llmos_jax.cli import Answer, add_model, arguments_of, run_verb
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Generate; the text streams to stdout, or comes whole with --json."""
+    parser = arguments_of("generate", __doc__ or "")
+    add_model(parser)
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=int, default=0)
+
+    def answer(arguments: Any) -> Answer:
+        from llmos_jax.serving import Sampling
+
+        report = driver.generate(
+            arguments.model,
+            arguments.prompt,
+            max_tokens=arguments.max_tokens,
+            sampling=Sampling(
+                temperature=arguments.temperature,
+                top_k=arguments.top_k,
+                top_p=arguments.top_p,
+                seed=arguments.seed,
+            ),
+        )
+        return Answer(text=arguments.prompt + report["text"], json=report)
+
+    return run_verb(parser, argv, answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

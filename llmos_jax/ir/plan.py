@@ -1,0 +1,229 @@
+"""Plan: what the planner decided, what it predicts, and what it turned down.
+
+The JSON form is the contract that scripts read (`plan --json`, plan.json): its keys are
+fixed. `explain` lives in the planner, which knows why; the Plan itself is plain data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmos_jax.errors import ConfigError, did_you_mean
+from llmos_jax.ir.artefact import Artefact, fingerprint_of
+from llmos_jax.ir.params import ParamTable
+from llmos_jax.ir.rules import MESH_AXES, Rules, Spec
+from llmos_jax.ir.topology import Topology
+from llmos_jax.ir.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshShape:
+    """Sizes of the six mesh axes."""
+
+    data: int = 1
+    stage: int = 1
+    fsdp: int = 1
+    context: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis name -> size, in mesh order."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
+
+    @property
+    def num_devices(self) -> int:
+        """Devices the mesh covers."""
+        return math.prod(self.sizes.values())
+
+    def __str__(self) -> str:
+        used = [f"{axis}={size}" for axis, size in self.sizes.items() if size > 1]
+        return " ".join(used) or "one device"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What one candidate is predicted to cost, per JAX device and per step."""
+
+    step_s: float
+    peak_hbm_bytes: float
+    tflops_per_s_per_chip: float
+    mfu: float
+    tokens_per_s: float
+    bound_by: str
+    seconds: dict[str, float]
+    """Seconds each resource is busy: compute, hbm, ici, dcn."""
+    memory: dict[str, float]
+    """Bytes of each layer of the memory stack: params, optimizer, gradients, ..."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One way to run the step, costed."""
+
+    mesh: MeshShape
+    microbatches: int
+    remat: str
+    predicted: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """One way that was turned down, and why."""
+
+    mesh: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pins:
+    """Decisions the user made; the planner decides the rest."""
+
+    mesh: dict[str, int] | None = None
+    remat: str | None = None
+    microbatches: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(Artefact):
+    """The chosen candidate with everything needed to lower it and to question it."""
+
+    params: ParamTable
+    topology: Topology
+    workload: Workload
+    rules: Rules
+    chosen: Candidate
+    specs: dict[str, Spec]
+    """Parameter path -> how it is split."""
+    runner_up: Candidate | None = None
+    rejected: tuple[Rejected, ...] = ()
+    candidates: int = 1
+    search_s: float = 0.0
+    compiled: dict[str, Any] | None = None
+    offload: tuple[str, ...] = ()
+
+    @property
+    def mesh(self) -> MeshShape:
+        """The chosen mesh."""
+        return self.chosen.mesh
+
+    @property
+    def predicted(self) -> Estimate:
+        """What the chosen candidate is predicted to cost."""
+        return self.chosen.predicted
+
+    @property
+    def remat(self) -> str:
+        """The rematerialisation policy, by name."""
+        return self.chosen.remat
+
+    @property
+    def microbatches(self) -> int:
+        """Parts the global batch is cut into, one after another."""
+        return self.chosen.microbatches
+
+    def partition_spec(self, path: str) -> Spec:
+        """How parameter `path` is split; `jax.P(*spec)` makes it a PartitionSpec."""
+        if path not in self.specs:
+            raise ConfigError(
+                f"the plan has no parameter {path!r}.{did_you_mean(path, self.specs)}"
+            )
+        return self.specs[path]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the DECISION: inputs, mesh, microbatches, remat, offload, specs.
+
+        Search time, rejected candidates and predictions do not count: a better cost
+        model that decides the same gives the same fingerprint.
+        """
+        return fingerprint_of(
+            {
+                "params": self.params.fingerprint,
+                "topology": self.topology.name,
+                "workload": self.workload.to_json(),
+                "rules": self.rules.fingerprint,
+                "mesh": self.mesh.sizes,
+                "microbatches": self.microbatches,
+                "remat": self.remat,
+                "offload": list(self.offload),
+                "specs": {path: list(spec) for path, spec in self.specs.items()},
+            }
+        )
+
+    def with_compiled(self, compiled: dict[str, Any]) -> Plan:
+        """Return the same plan with what the compiler answered."""
+        return replace(self, compiled=compiled)
+
+    def explain(self) -> str:
+        """Return the plan as the printed table.
+
+        The planner holds the words; it registers them here so that this floor needs
+        nothing from above.
+        """
+        from llmos_jax.planner.explain import explain  # the noun answers by its verb
+
+        return explain(self)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the contract's JSON: the keys that `plan --json` promises."""
+        estimate = self.predicted
+        devices = self.topology.num_devices
+        return {
+            "model": {
+                "name": self.params.name,
+                "params": self.params.num_params,
+                "active_params": self.params.num_params,
+            },
+            "topology": {
+                "name": self.topology.name,
+                "chip": self.topology.chip.name,
+                "devices": devices,
+                "slices": self.topology.slices,
+                "hbm_bytes_per_device": self.topology.hbm_bytes_per_device,
+            },
+            "mesh": self.mesh.sizes,
+            "batch": {
+                "global": self.workload.global_batch,
+                "per_device": self.workload.global_batch / devices,
+                "microbatches": self.microbatches,
+                "seq_len": self.workload.seq_len,
+            },
+            "remat": self.remat,
+            "offload": list(self.offload),
+            "predicted": {
+                "step_s": estimate.step_s,
+                "peak_hbm_bytes": estimate.peak_hbm_bytes,
+                "tflops_per_s_per_chip": estimate.tflops_per_s_per_chip,
+                "mfu": estimate.mfu,
+                "tokens_per_s": estimate.tokens_per_s,
+                "bound_by": estimate.bound_by,
+                "seconds": estimate.seconds,
+                "memory": estimate.memory,
+            },
+            "compiled": self.compiled,
+            "runner_up": _candidate_json(self.runner_up),
+            "rejected": [
+                {"mesh": item.mesh, "reason": item.reason} for item in self.rejected
+            ],
+            "candidates": self.candidates,
+            "search_s": self.search_s,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def _candidate_json(candidate: Candidate | None) -> dict[str, Any] | None:
+    if candidate is None:
+        return None
+    return {
+        "mesh": candidate.mesh.sizes,
+        "microbatches": candidate.microbatches,
+        "remat": candidate.remat,
+        "step_s": candidate.predicted.step_s,
+        "peak_hbm_bytes": candidate.predicted.peak_hbm_bytes,
+        "mfu": candidate.predicted.mfu,
+        "bound_by": candidate.predicted.bound_by,
+    }

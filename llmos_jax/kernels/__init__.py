@@ -1,0 +1,1 @@
+"""One folder per operation: `api` picks an implementation, `reference` defines it."""

@@ -1,0 +1,49 @@
+"""Move batches from this process's memory onto the mesh, and numbers back.
+
+B sequences of a global batch are split over the `data` and `fsdp` axes. A process needs
+exactly the rows its own devices hold, which may overlap with other processes' rows when
+`tensor` crosses them.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+
+def local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> list[int]:
+    """Global row numbers of a [B, ...] array that this process's devices hold."""
+    rows: set[int] = set()
+    for index in sharding.addressable_devices_indices_map(shape).values():
+        assert index is not None
+        rows.update(range(*index[0].indices(shape[0])))
+    return sorted(rows)
+
+
+def global_array(
+    local: np.ndarray, rows: list[int], sharding: NamedSharding, num_rows: int
+) -> jax.Array:
+    """Make a global [num_rows, ...] array from the rows this process read.
+
+    Args:
+        local: [len(rows), ...] values of `rows`, in order.
+        rows: what `local_rows` returned for the same sharding.
+        sharding: of the global array.
+        num_rows: global rows.
+    """
+    shape = (num_rows, *local.shape[1:])
+    if len(rows) == num_rows:
+        return jax.make_array_from_callback(shape, sharding, lambda index: local[index])
+    place = {row: position for position, row in enumerate(rows)}
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        wanted = [place[row] for row in range(*index[0].indices(num_rows))]
+        return local[wanted][(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def fetch(value: jax.Array) -> np.ndarray:
+    """A replicated device value as a host array; blocks until it is computed."""
+    return np.asarray(value.addressable_data(0))

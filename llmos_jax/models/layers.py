@@ -1,0 +1,80 @@
+"""The parts of a decoder block that are not attention: norm, SwiGLU, embedding, head.
+
+B sequences, T tokens, D model, F feed-forward, V vocabulary. Every parameter is born with
+its logical axes; parameters are float32 and compute follows the dtype they are cast to.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmos_jax.models.annotate import annotate
+
+
+def normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, axes: tuple[str, ...]
+) -> nnx.Param:
+    """A float32 parameter drawn from N(0, scale**2), truncated at 2 sigma."""
+    value = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
+    return nnx.Param(value * jnp.float32(scale), out_sharding=axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), out_sharding=("norm",))
+        self.epsilon = epsilon
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x32_BTD = x_BTD.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
+        scale_BTD = self.scale[...].astype(jnp.float32)[None, None, :]
+        y_BTD = x32_BTD * jax.lax.rsqrt(mean_square + self.epsilon) * scale_BTD
+        return y_BTD.astype(x_BTD.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, D: int, F: int, *, num_layers: int, rngs: nnx.Rngs):
+        self.gate = normal(rngs, (D, F), D**-0.5, ("embed", "ffn"))
+        self.up = normal(rngs, (D, F), D**-0.5, ("embed", "ffn"))
+        self.down = normal(rngs, (F, D), (2 * num_layers * F) ** -0.5, ("ffn", "embed"))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...])
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...])
+        h_BTF = annotate(jax.nn.silu(gate_BTF) * up_BTF, "batch", "seq", "ffn")
+        return jnp.einsum("BTF,FD->BTD", h_BTF, self.down[...])
+
+
+class Embedding(nnx.Module):
+    """Token table; also the output head where embeddings are tied."""
+
+    def __init__(self, V: int, D: int, *, rngs: nnx.Rngs):
+        self.table = normal(rngs, (V, D), 0.02, ("vocab", "embed"))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        return self.table[...][tokens_BT]
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Return float32 logits [B, T, V] against the table."""
+        return jnp.einsum(
+            "BTD,VD->BTV", x_BTD, self.table[...], preferred_element_type=jnp.float32
+        )
+
+
+class Head(nnx.Module):
+    """Output projection of an untied model."""
+
+    def __init__(self, D: int, V: int, *, rngs: nnx.Rngs):
+        self.kernel = normal(rngs, (D, V), D**-0.5, ("embed", "vocab"))
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Return float32 logits [B, T, V]."""
+        return jnp.einsum(
+            "BTD,DV->BTV", x_BTD, self.kernel[...], preferred_element_type=jnp.float32
+        )

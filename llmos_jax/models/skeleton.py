@@ -1,0 +1,115 @@
+"""Split a model into its structure and a flat dict of parameters, once.
+
+Everything above handles parameters as `{dotted path: array}`: sharding, optimizer state,
+checkpoints and conversion become maps over one dict, and a jitted step never walks a
+module graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from llmos_jax.errors import ConfigError, did_you_mean
+from llmos_jax.ir import ModelSpec, ParamRow, ParamTable
+from llmos_jax.models.decoder import Decoder
+
+Params = dict[str, jax.Array]
+"""Parameter path -> array."""
+
+FAMILIES: dict[str, Callable[..., nnx.Module]] = {"llama": Decoder}
+"""Family name -> `constructor(spec, rngs=...)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A model without values: its spec, its table, its graph."""
+
+    spec: ModelSpec
+    table: ParamTable
+    graph: Any
+
+    def init(self, key: jax.Array) -> Params:
+        """Draw fresh float32 parameters from a key; jit it with output shardings."""
+        with nnx.use_eager_sharding(False):
+            module = _construct(self.spec, nnx.Rngs(params=key))
+        return _flatten(nnx.state(module, nnx.Param))
+
+    def bind(self, params: Params) -> Any:
+        """Return the module that computes with `params`; free under jit."""
+        flat = [(tuple(path.split(".")), nnx.Param(params[path])) for path in params]
+        return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+
+def skeleton(spec: ModelSpec) -> Skeleton:
+    """Evaluate a model of `spec` abstractly; no memory is used."""
+    with nnx.use_eager_sharding(False):
+        module = nnx.eval_shape(lambda: _construct(spec, nnx.Rngs(params=0)))
+    return Skeleton(
+        spec=spec,
+        table=_table(spec.name, module, spec),
+        graph=nnx.graphdef(module),
+    )
+
+
+def param_table(model: ModelSpec | nnx.Module | Callable[[], nnx.Module]) -> ParamTable:
+    """Return every parameter of a model as rows, without making any.
+
+    Args:
+        model: a ModelSpec, a Flax NNX module of your own, or a function that makes one
+            (evaluated abstractly). Its parameters carry logical axis names:
+            `nnx.Param(value, out_sharding=("embed", "ffn"))`.
+
+    Raises:
+        ConfigError: a parameter without logical axes, or with too few.
+    """
+    if isinstance(model, ModelSpec):
+        return skeleton(model).table
+    if isinstance(model, nnx.Module):
+        return _table(type(model).__name__, model, None)
+    with nnx.use_eager_sharding(False):
+        module = nnx.eval_shape(model)
+    return _table(type(module).__name__, module, None)
+
+
+def _construct(spec: ModelSpec, rngs: nnx.Rngs) -> nnx.Module:
+    if spec.family not in FAMILIES:
+        raise ConfigError(
+            f"model {spec.name}: unknown family {spec.family!r}."
+            f"{did_you_mean(spec.family, FAMILIES)}"
+        )
+    return FAMILIES[spec.family](spec, rngs=rngs)
+
+
+def _flatten(state: nnx.State) -> Params:
+    return {
+        ".".join(map(str, path)): leaf.get_value()
+        for path, leaf in sorted(nnx.to_flat_state(state))
+    }
+
+
+def _table(name: str, module: nnx.Module, spec: ModelSpec | None) -> ParamTable:
+    rows = []
+    for path, leaf in sorted(nnx.to_flat_state(nnx.state(module, nnx.Param))):
+        dotted = ".".join(map(str, path))
+        value, metadata = leaf.get_value(), leaf.get_metadata()
+        axes = metadata.get("out_sharding", metadata.get("sharding_names"))
+        if axes is None or len(axes) != len(value.shape):
+            raise ConfigError(
+                f"parameter {dotted} of {name} has shape {tuple(value.shape)} and "
+                f"logical axes {axes}; it needs one name per dimension: "
+                "nnx.Param(value, out_sharding=('embed', 'ffn'))."
+            )
+        rows.append(
+            ParamRow(
+                path=dotted,
+                shape=tuple(value.shape),
+                dtype=str(value.dtype),
+                axes=tuple(axes),
+            )
+        )
+    return ParamTable(name=name, rows=tuple(rows), spec=spec)

@@ -1,0 +1,134 @@
+"""Turn a mesh and resolved specs into what one device holds and exchanges.
+
+Roles are read off the rules, not restated. The batch axes are those that split `batch`.
+A weight split over a batch axis is gathered before use (fsdp); split over another one
+it is used in parts (tensor); its gradient is summed over the batch axes that do not
+split it (data). Everything the cost and memory formulas need is counted here, once per
+mesh.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llmos_jax.ir.params import ParamTable
+from llmos_jax.ir.plan import MeshShape
+from llmos_jax.ir.rules import Rules, Spec
+from llmos_jax.ir.workload import Workload
+from llmos_jax.planner.sizes import Sizes
+from llmos_jax.rules import resolve, resolve_activation
+
+Group = tuple[str, ...]
+"""Mesh axes that take part in one collective, in mesh order."""
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Counts of one device on one mesh; `elements` are parameters, not bytes."""
+
+    mesh: MeshShape
+    specs: dict[str, Spec]
+    batch_ways: int
+    """Ways the batch is split."""
+    width_ways: dict[str, int]
+    """Ways of each activation width: heads, kv_heads, ffn, vocab, embed."""
+    width_axes: dict[str, Group]
+    sharded: float
+    """Parameters one device keeps."""
+    gathers: dict[Group, float]
+    """Mesh axes -> parameters of one device's part once gathered over them."""
+    sums: dict[Group, float]
+    """Mesh axes -> gradient elements that are summed over them."""
+    gathered_layer: float
+    """Parameters of one layer as a device uses them."""
+    is_layer_gathered: bool
+    gathered_rest: float
+    """The largest single parameter outside the layers, as used."""
+
+
+def lay_out(
+    table: ParamTable, rules: Rules, sizes: Sizes, workload: Workload, mesh: MeshShape
+) -> Layout:
+    """Resolve the rules on `mesh` and count.
+
+    Raises:
+        RuleError: a dimension of the batch, a weight or a width that does not divide.
+    """
+    specs = resolve(rules, table, mesh)
+    batch_axes = set(
+        _flat(resolve_activation(rules, ("batch",), (workload.global_batch,), mesh))
+    )
+    width_axes = _width_axes(rules, sizes, mesh)
+    gathers: dict[Group, float] = {}
+    sums: dict[Group, float] = {}
+    sharded = gathered_layer = gathered_rest = 0.0
+    is_layer_gathered = False
+    for row in table.rows:
+        split = _flat(specs[row.path])
+        gathered = tuple(axis for axis in split if axis in batch_axes)
+        summed = _in_order(batch_axes - set(split), mesh)
+        used = row.size / _ways(set(split) - batch_axes, mesh)
+        sharded += row.size / _ways(set(split), mesh)
+        if gathered:
+            gathers[gathered] = gathers.get(gathered, 0.0) + used
+        if summed:
+            part = used / _ways(set(gathered), mesh)
+            sums[summed] = sums.get(summed, 0.0) + part
+        if "layers" in row.axes:
+            gathered_layer += used / row.shape[row.axes.index("layers")]
+            is_layer_gathered |= bool(gathered)
+        else:
+            gathered_rest = max(gathered_rest, used)
+    return Layout(
+        mesh=mesh,
+        specs=specs,
+        batch_ways=_ways(batch_axes, mesh),
+        width_ways={name: _ways(set(axes), mesh) for name, axes in width_axes.items()},
+        width_axes=width_axes,
+        sharded=sharded,
+        gathers=gathers,
+        sums=sums,
+        gathered_layer=gathered_layer,
+        is_layer_gathered=is_layer_gathered,
+        gathered_rest=gathered_rest,
+    )
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one element; 4 for a dtype that is not known."""
+    return DTYPE_BYTES.get(dtype, 4)
+
+
+def _width_axes(rules: Rules, sizes: Sizes, mesh: MeshShape) -> dict[str, Group]:
+    widths = {
+        "heads": sizes.heads,
+        "kv_heads": sizes.kv_heads,
+        "ffn": sizes.ffn,
+        "vocab": sizes.vocab,
+        "embed": sizes.embed,
+    }
+    return {
+        name: _flat(resolve_activation(rules, (name,), (size,), mesh))
+        if name in rules.activations
+        else ()
+        for name, size in widths.items()
+    }
+
+
+def _flat(spec: Spec) -> Group:
+    axes: list[str] = []
+    for entry in spec:
+        if entry is not None:
+            axes.extend((entry,) if isinstance(entry, str) else entry)
+    return tuple(axes)
+
+
+def _in_order(axes: set[str], mesh: MeshShape) -> Group:
+    return tuple(axis for axis in mesh.sizes if axis in axes)
+
+
+def _ways(axes: set[str], mesh: MeshShape) -> int:
+    return math.prod(mesh.sizes[axis] for axis in axes)

@@ -1,0 +1,153 @@
+"""Turn Rules and a mesh into one Spec per array: which mesh axes split which dimension.
+
+Nothing is guessed: a name without a rule, a mesh axis used twice on one array and a
+dimension that does not divide are RuleErrors. flax's resolvers let the first become a
+mesh axis and the second silently mean "replicate" (flax issue 1702, MaxText PR 4205).
+"""
+
+from __future__ import annotations
+
+import math
+
+from llmos_jax.errors import RuleError, did_you_mean
+from llmos_jax.ir.params import ParamTable
+from llmos_jax.ir.plan import MeshShape
+from llmos_jax.ir.rules import Rules, Spec
+from llmos_jax.rules.load import load_axes, locate
+
+_BATCH_AXES = frozenset({"batch", "seq", "kv_seq"})
+"""Axes that activations have of their own, without any weight that carries them."""
+
+Axes = tuple[str | None, ...]
+Section = dict[str, tuple[str, ...]]
+
+
+def check_rules(rules: Rules, table: ParamTable) -> None:
+    """Raise RuleError unless the rules cover the model's axes, and only those.
+
+    Holds for every mesh: each row's axes are in the vocabulary and have a rule, no mesh
+    axis splits one row twice. For a model of a family (one with a spec) no entry is
+    without use; a module of one's own may use a part of the family's rules.
+    """
+    words = load_axes()
+    used: set[str] = set()
+    for row in table.rows:
+        if len(row.axes) != len(row.shape):
+            raise RuleError(
+                f"{row.path} of model {table.name} has shape {row.shape} but "
+                f"{len(row.axes)} logical axes {row.axes}; give one per dimension."
+            )
+        for axis in row.axes:
+            if axis is not None and axis not in words:
+                raise RuleError(
+                    f"{row.path} of model {table.name} has the unknown logical axis "
+                    f"{axis!r}.{did_you_mean(axis, words)} The vocabulary is "
+                    "sharding_rules/axes.toml."
+                )
+        _entries(rules, "weights", rules.weights, row.axes, row.path)
+        used.update(axis for axis in row.axes if axis is not None)
+    if table.spec is not None:
+        _check_unused(rules, "weights", rules.weights, used, table)
+        _check_unused(
+            rules, "activations", rules.activations, used | _BATCH_AXES, table
+        )
+    if "batch" not in rules.activations:
+        raise RuleError(
+            f"{locate(rules.source, 'activations')}: nothing splits the batch; add "
+            'batch = ["data"], or batch = [] for one device.'
+        )
+
+
+def resolve(rules: Rules, table: ParamTable, mesh: MeshShape) -> dict[str, Spec]:
+    """Return each parameter's path with its Spec on `mesh`.
+
+    A Spec has one entry per dimension; mesh axes of size 1 do not appear.
+
+    Raises:
+        RuleError: a missing rule, a collision, or a dimension that does not divide.
+    """
+    section = rules.weights
+    return {
+        row.path: _split(rules, "weights", section, row.axes, row.shape, mesh, row.path)
+        for row in table.rows
+    }
+
+
+def resolve_activation(
+    rules: Rules, axes: Axes, shape: tuple[int, ...], mesh: MeshShape
+) -> Spec:
+    """Return the Spec of an activation with these logical axes and sizes.
+
+    Raises:
+        RuleError: a missing rule, a collision, or a dimension that does not divide.
+    """
+    if len(axes) != len(shape):
+        raise RuleError(f"an activation of shape {shape} has {len(axes)} axes {axes}.")
+    section, what = rules.activations, f"activation ({', '.join(map(str, axes))})"
+    return _split(rules, "activations", section, axes, shape, mesh, what)
+
+
+def _split(
+    rules: Rules,
+    name: str,
+    section: Section,
+    axes: Axes,
+    shape: tuple[int, ...],
+    mesh: MeshShape,
+    what: str,
+) -> Spec:
+    sizes = mesh.sizes
+    spec: list[str | tuple[str, ...] | None] = []
+    entries = _entries(rules, name, section, axes, what)
+    for axis, size, listed in zip(axes, shape, entries, strict=True):
+        active = tuple(part for part in listed if sizes[part] > 1)
+        ways = math.prod(sizes[part] for part in active)
+        if size % ways and rules.uneven == "replicate":
+            active = ()
+        elif size % ways:
+            over = " x ".join(f"{part}={sizes[part]}" for part in active)
+            raise RuleError(
+                f"{axis} = {size} is not divisible by {over} ({what}, "
+                f"{locate(rules.source, name, str(axis))})"
+            )
+        spec.append(active if len(active) > 1 else active[0] if active else None)
+    return tuple(spec)
+
+
+def _entries(
+    rules: Rules, name: str, section: Section, axes: Axes, what: str
+) -> list[tuple[str, ...]]:
+    """The rule of each dimension, checked for presence and for collisions."""
+    entries: list[tuple[str, ...]] = []
+    owner: dict[str, str] = {}
+    for axis in axes:
+        if axis is None:
+            entries.append(())
+            continue
+        if axis not in section:
+            raise RuleError(
+                f"{locate(rules.source, name)}: {what} has the logical axis {axis!r}, "
+                f"for which [{name}] has no rule.{did_you_mean(axis, section)} "
+                f"Add {axis} = [] to keep it whole."
+            )
+        for part in section[axis]:
+            if part in owner:
+                raise RuleError(
+                    f"{locate(rules.source, name, axis)}: mesh axis {part!r} would "
+                    f"split {what} twice, along {owner[part]!r} and along {axis!r}. "
+                    "Take it out of one of the two rules."
+                )
+            owner[part] = axis
+        entries.append(section[axis])
+    return entries
+
+
+def _check_unused(
+    rules: Rules, name: str, section: Section, used: set[str], table: ParamTable
+) -> None:
+    for axis in section:
+        if axis not in used:
+            raise RuleError(
+                f"{locate(rules.source, name, axis)}: model {table.name} has no "
+                f"logical axis {axis!r}; remove the rule.{did_you_mean(axis, used)}"
+            )

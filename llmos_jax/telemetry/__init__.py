@@ -1,0 +1,29 @@
+"""Record what a run did and show it: metrics, progress, figures, report, environment.
+
+Writing needs only the standard library; matplotlib, tensorboardX, jinja2 and rich are
+imported where they are used, so that importing this package costs milliseconds.
+"""
+
+from llmos_jax.telemetry.environment import environment
+from llmos_jax.telemetry.figures import (
+    Plot,
+    loss_figure,
+    memory_figure,
+    throughput_figure,
+)
+from llmos_jax.telemetry.metrics import MetricsWriter, read_metrics
+from llmos_jax.telemetry.progress import TrainProgress, log
+from llmos_jax.telemetry.report import write_report
+
+__all__ = [
+    "MetricsWriter",
+    "Plot",
+    "TrainProgress",
+    "environment",
+    "log",
+    "loss_figure",
+    "memory_figure",
+    "read_metrics",
+    "throughput_figure",
+    "write_report",
+]

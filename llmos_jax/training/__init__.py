@@ -1,0 +1,35 @@
+"""Program + data -> Checkpoint: the step, the loop, the scores."""
+
+from llmos_jax.training.conduct import conduct
+from llmos_jax.training.evaluate import Score, score_step, total_score
+from llmos_jax.training.folder import RunFolder, open_folder
+from llmos_jax.training.loop import Hooks, Outcome, Pace, run
+from llmos_jax.training.loss import token_losses
+from llmos_jax.training.optimizer import learning_rate, make_optimizer
+from llmos_jax.training.session import Session, bits_per_byte, open_session
+from llmos_jax.training.step import TrainState, init_state, mean_loss, train_step
+from llmos_jax.training.summary import summarise
+
+__all__ = [
+    "Hooks",
+    "Outcome",
+    "Pace",
+    "RunFolder",
+    "Score",
+    "Session",
+    "TrainState",
+    "bits_per_byte",
+    "conduct",
+    "init_state",
+    "learning_rate",
+    "make_optimizer",
+    "mean_loss",
+    "open_folder",
+    "open_session",
+    "run",
+    "score_step",
+    "summarise",
+    "token_losses",
+    "total_score",
+    "train_step",
+]

@@ -1,0 +1,141 @@
+"""Conduct a run from wherever it stands to its end: restore, loop, save, score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from llmos_jax import __version__
+from llmos_jax.checkpoint import Manifest, require_space
+from llmos_jax.data import PreparedText, TrainBatches
+from llmos_jax.lowering import measure_matmul_flops_per_s
+from llmos_jax.planner import model_flops, sizes_of
+from llmos_jax.telemetry import MetricsWriter, TrainProgress
+from llmos_jax.training.folder import RunFolder
+from llmos_jax.training.loop import Hooks, Outcome, Pace, run
+from llmos_jax.training.session import Session, bits_per_byte
+from llmos_jax.training.step import TrainState
+from llmos_jax.units import format_seconds
+
+
+def conduct(
+    session: Session,
+    text: PreparedText,
+    folder: RunFolder,
+    *,
+    say: Callable[[str], None],
+    is_first: bool,
+) -> Outcome:
+    """Train to `train.steps` (or the clock, or a signal), saving as configured.
+
+    Raises:
+        CheckpointError: the folder's checkpoint is of another model, or damaged; there
+            is no space for checkpoints.
+        TrainingError: the loss stopped making sense.
+    """
+    config, start = session.config, folder.resume_step
+    require_space(folder.path, session.state_shape, config.checkpoint.keep)
+    source = TrainBatches(
+        text.train,
+        seq_len=config.batch.seq_len,
+        global_batch=session.plan.workload.global_batch,
+        seed=config.run.seed,
+        rows=session.rows,
+        start_step=start,
+    )
+    if start:
+        say(f"resuming from step {start} in {folder.path}")
+        source.set_state(folder.store.manifest(start).data)
+        state = session.restore(folder.store, start)
+    else:
+        state = session.fresh()
+    say(f"compiled the training step in {format_seconds(session.program.compile())}")
+    pace = _pace(session)
+    hooks = _hooks(session, text, folder, source)
+    writer = _Quiet() if not is_first else MetricsWriter(folder.path, resume_step=start)
+    limit = config.train.max_minutes
+    progress = TrainProgress(
+        config.train.steps,
+        start_step=start,
+        max_seconds=None if limit is None else 60 * limit,
+        enabled=is_first,
+    )
+    with writer, progress:
+        outcome = run(
+            session.program,
+            state,
+            session.batches(source),
+            config=config,
+            start_step=start,
+            pace=pace,
+            writer=writer,
+            progress=progress,
+            hooks=hooks,
+        )
+    folder.store.wait()
+    return outcome
+
+
+def _pace(session: Session) -> Pace:
+    """Rates of this run: model FLOPs of a step, and the peak they are held against."""
+    plan = session.plan
+    if plan.topology.chip.vendor == "cpu":
+        peak = measure_matmul_flops_per_s() * jax.process_count()
+    else:
+        dtype = session.config.train.compute_dtype
+        peak = plan.topology.peak_flops_per_s(dtype) * plan.topology.num_devices
+    flops = model_flops(sizes_of(plan.params), plan.workload)
+    return Pace(plan.workload.tokens, flops, peak)
+
+
+def _hooks(
+    session: Session, text: PreparedText, folder: RunFolder, source: TrainBatches
+) -> Hooks:
+    config, plan = session.config, session.plan
+
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+        score = session.score(state.params, text.validation, config.train.eval_batches)
+        return {
+            "val_loss": score.loss,
+            "val_bits_per_byte": bits_per_byte(score, text.validation),
+        }
+
+    def save(state: TrainState, figures: dict[str, float]) -> None:
+        step = int(state.step.addressable_data(0))
+        manifest = Manifest(
+            step=step,
+            model=session.skeleton.spec,
+            plan_fingerprint=plan.fingerprint,
+            mesh=plan.mesh.sizes,
+            data={**source.get_state(), "step": step},
+            metrics=figures,
+            made_by={"llmos_jax": __version__, "jax": jax.__version__},
+        )
+        folder.store.save(
+            manifest, state.params, state.optimizer, text.tokenizer.to_json()
+        )
+
+    hooks = Hooks(
+        evaluate=evaluate if config.train.eval_every else None,
+        save=save,
+        last_saved=folder.last_saved,
+    )
+    if jax.process_count() == 1:
+        return hooks
+    return replace(hooks, agreed_to_stop=folder.store.reached_preemption)
+
+
+class _Quiet:
+    """A MetricsWriter that writes nothing, for all processes but the first."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Drop a row."""
+
+    def __enter__(self) -> _Quiet:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None

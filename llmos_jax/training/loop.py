@@ -1,0 +1,215 @@
+"""Run a training Program over batches: step, watch, record, evaluate, save.
+
+The metrics of a step are read while the next one runs, so the host never stalls the
+device; only an evaluation or a checkpoint waits. Nothing is saved before the loss and
+gradient of every step up to it are known to be finite.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+
+from llmos_jax.config.schema import RunConfig
+from llmos_jax.lowering import Program, fetch
+from llmos_jax.telemetry import MetricsWriter, TrainProgress
+from llmos_jax.training.optimizer import learning_rate
+from llmos_jax.training.step import Batch, Metrics, TrainState
+from llmos_jax.training.watch import Clock, DivergenceWatch, StopSignal
+
+Reason = Literal["finished", "time", "signal"]
+_AGREE_EVERY = 10
+"""Steps between agreements of several processes on the clock (a small broadcast)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """What the loop calls out to, so that it needs no disk and no data of its own."""
+
+    evaluate: Callable[[TrainState, int], dict[str, float]] | None
+    """(state, step) -> figures of the validation text."""
+    save: Callable[[TrainState, dict[str, float]], None]
+    """(state, latest figures): start a checkpoint of this state."""
+    last_saved: Callable[[], str]
+    """A sentence that names the last good checkpoint."""
+    agreed_to_stop: Callable[[int], bool] | None = None
+    """Several processes only: whether all have agreed to stop at this step."""
+
+
+class Pace(NamedTuple):
+    """What turns a step time into rates: constants of the run."""
+
+    tokens_per_step: int
+    flops_per_step: float
+    peak_flops_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Where the loop ended and how fast it ran."""
+
+    state: TrainState
+    step: int
+    reason: Reason
+    final_loss: float | None
+    train_s: float
+    median_step_s: float | None
+    pace: Pace
+    signal: str | None = None
+
+
+def run(
+    program: Program,
+    state: TrainState,
+    batches: Iterator[Batch],
+    *,
+    config: RunConfig,
+    start_step: int,
+    pace: Pace,
+    writer: MetricsWriter,
+    progress: TrainProgress,
+    hooks: Hooks,
+) -> Outcome:
+    """Train from `start_step` to `train.steps`, the clock or a signal.
+
+    Raises:
+        TrainingError: the loss or gradient stopped being finite, or exploded.
+    """
+    recorder = _Recorder(config, pace, writer, progress, hooks)
+    clock = Clock(config.train.max_minutes)
+    step, reason = start_step, "finished"
+    saved_at = start_step
+    with StopSignal() as stop:
+        while step < config.train.steps:
+            state, metrics = program(state, next(batches))
+            step += 1
+            recorder.submit(step, metrics)
+            every = config.train.eval_every
+            if hooks.evaluate and every and step % every == 0:
+                recorder.flush(partial(hooks.evaluate, state, step))
+            if step % config.checkpoint.every == 0:
+                recorder.flush()
+                hooks.save(state, recorder.latest)
+                saved_at = step
+            stopped = _stop_reason(step, stop, clock, hooks)
+            if stopped:
+                reason = stopped
+                break
+        recorder.flush()
+        if saved_at != step:
+            hooks.save(state, recorder.latest)
+    return Outcome(
+        state=state,
+        step=step,
+        reason=reason,  # type: ignore[arg-type]
+        final_loss=recorder.latest.get("loss"),
+        train_s=clock.elapsed_s,
+        median_step_s=recorder.median_step_s,
+        pace=pace,
+        signal=stop.received,
+    )
+
+
+class _Recorder:
+    """Turns device metrics into rows, one step behind the device."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        pace: Pace,
+        writer: MetricsWriter,
+        progress: TrainProgress,
+        hooks: Hooks,
+    ):
+        self.latest: dict[str, float] = {}
+        self._watch = DivergenceWatch(config.train.explode_ratio)
+        self._schedule = learning_rate(config.train)
+        self._pace, self._writer, self._progress = pace, writer, progress
+        self._hooks = hooks
+        self._pending: tuple[int, Metrics] | None = None
+        self._step_times: list[float] = []
+        self._last_time: float | None = None
+
+    def submit(self, step: int, metrics: Metrics) -> None:
+        """Take this step's metrics; read the step before."""
+        before, self._pending = self._pending, (step, metrics)
+        if self._last_time is None:
+            self._last_time = time.perf_counter()
+            jax.block_until_ready(metrics)
+        if before is not None:
+            self._record(*before)
+
+    def flush(self, evaluate: Callable[[], dict[str, float]] | None = None) -> None:
+        """Read what is pending; blocks until the device is done.
+
+        `evaluate` runs then, its figures join the step's row, and the time it takes
+        counts as no step's.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        self._record(step, metrics, evaluate)
+
+    @property
+    def median_step_s(self) -> float | None:
+        """Median seconds per step, the first (which compiles) left out."""
+        times = self._step_times[1:] or self._step_times
+        return statistics.median(times) if times else None
+
+    def _record(
+        self,
+        step: int,
+        metrics: Metrics,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
+        loss = float(fetch(metrics["loss"]))
+        grad_norm = float(fetch(metrics["grad_norm"]))
+        now = time.perf_counter()
+        assert self._last_time is not None
+        step_s, self._last_time = max(now - self._last_time, 1e-9), now
+        self._step_times.append(step_s)
+        tokens_per_s = self._pace.tokens_per_step / step_s
+        mfu = self._pace.flops_per_step / step_s / self._pace.peak_flops_per_s
+        row = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": float(self._schedule(step - 1)),
+            "tokens_per_s": tokens_per_s,
+            "step_s": step_s,
+            "mfu": mfu,
+        }
+        self._watch.check(step, loss, grad_norm, self._hooks.last_saved())
+        figures = evaluate() if evaluate else {}
+        if figures:
+            self._last_time = time.perf_counter()
+        self._writer.write({**row, **figures})
+        self._progress.update(step, loss, tokens_per_s, mfu)
+        self.latest.update({key: row[key] for key in ("loss", "grad_norm", "lr")})
+        self.latest.update(figures)
+
+
+def _stop_reason(
+    step: int, stop: StopSignal, clock: Clock, hooks: Hooks
+) -> Reason | None:
+    if hooks.agreed_to_stop is None:
+        if stop.received:
+            return "signal"
+        return "time" if clock.is_over else None
+    if hooks.agreed_to_stop(step):
+        return "signal"
+    if step % _AGREE_EVERY == 0 and _first_process_says(clock.is_over):
+        return "time"
+    return None
+
+
+def _first_process_says(value: bool) -> bool:
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(value))

@@ -1,0 +1,36 @@
+"""AdamW with linear warm-up, cosine decay and clipping, from a config, with Optax."""
+
+from __future__ import annotations
+
+import optax
+
+from llmos_jax.config.schema import TrainSection
+from llmos_jax.ir import ParamTable
+
+
+def learning_rate(config: TrainSection) -> optax.Schedule:
+    """Warm up linearly to `learning_rate`, then fall along a cosine to its floor."""
+    warmup = min(config.warmup_steps, max(config.steps - 1, 0))
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(config.steps, warmup + 1),
+        end_value=config.learning_rate * config.min_learning_rate_ratio,
+    )
+
+
+def make_optimizer(
+    config: TrainSection, table: ParamTable
+) -> optax.GradientTransformation:
+    """Return clip -> Adam -> decoupled weight decay -> learning rate.
+
+    Decay touches matrices only: a norm's scale has nothing to be regularised towards 0.
+    """
+    decayed = {row.path: "norm" not in row.axes for row in table.rows}
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    )

@@ -1,0 +1,100 @@
+"""Sum a finished run up: report.json, report.html, and the few lines a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmos_jax.config import to_toml
+from llmos_jax.data import PreparedText, compare
+from llmos_jax.ir import ReportRow
+from llmos_jax.telemetry import environment, write_report
+from llmos_jax.training.evaluate import Score
+from llmos_jax.training.folder import RunFolder
+from llmos_jax.training.loop import Outcome
+from llmos_jax.training.session import Session
+
+Samples = Sequence[tuple[str, str]]
+
+
+def summarise(
+    session: Session,
+    text: PreparedText,
+    folder: RunFolder,
+    outcome: Outcome,
+    score: Score | None,
+    samples: Samples,
+) -> dict[str, Any]:
+    """Write report.json and report.html into the run folder; return report.json.
+
+    `score` is None when a signal ended the run and there was no time to take one.
+    """
+    rows = _rows(session, text, outcome, score)
+    values: dict[str, Any] = {row.name: row.value for row in rows}
+    values |= {
+        "stopped_by": outcome.signal or outcome.reason,
+        "resumed_from": folder.resume_step,
+        "run_dir": str(folder.path),
+        "checkpoint": str(folder.path / "checkpoints" / str(outcome.step)),
+        "report": str(folder.path / "report.html"),
+        "plan_fingerprint": session.plan.fingerprint,
+    }
+    write_report(
+        folder.path,
+        values=values,
+        rows=rows,
+        plan=session.plan,
+        config_toml=to_toml(session.config),
+        environment=environment(),
+        samples=samples,
+    )
+    return values
+
+
+def _rows(
+    session: Session,
+    text: PreparedText,
+    outcome: Outcome,
+    score: Score | None,
+) -> list[ReportRow]:
+    held_out, pace = text.validation, outcome.pace
+    step_s = outcome.median_step_s
+    rows = []
+
+    def row(name: str, value: Any, unit: str, how: str) -> None:
+        rows.append(ReportRow(name=name, value=value, unit=unit, how=how))
+
+    if score is not None:
+        per_byte = "on the same bytes of held-out text"
+        row(
+            "val_bits_per_byte",
+            score.bits_per_byte(held_out.num_bytes),
+            "bits/byte",
+            f"all {held_out.num_bytes:,} bytes of held-out text ({text.held_out_by}), "
+            "end marks paid for",
+        )
+        compressors = compare(held_out.raw_bytes())
+        row("gzip_bits_per_byte", compressors["gzip_bits_per_byte"], "bits/byte",
+            f"gzip -9 {per_byte}")  # fmt: skip
+        row("xz_bits_per_byte", compressors["xz_bits_per_byte"], "bits/byte",
+            f"xz -9 {per_byte}")  # fmt: skip
+        row("val_loss", score.loss, "nats/token", "mean over held-out tokens")
+        row("val_perplexity", score.perplexity, "", "exp(val_loss)")
+        row("val_accuracy", score.accuracy, "share", "next token guessed right")
+    row("final_loss", outcome.final_loss, "nats/token", "training loss, last step")
+    rate = None if step_s is None else pace.tokens_per_step / step_s
+    row("tokens_per_s", rate, "tokens/s", "tokens of a step / median step time")
+    row("step_s", step_s, "s", "median, the first step left out")
+    mfu = step_s and pace.flops_per_step / step_s / pace.peak_flops_per_s
+    peak = (
+        "a float32 matmul measured on this CPU"
+        if session.plan.topology.chip.vendor == "cpu"
+        else "the data sheet's peak"
+    )
+    row("mfu", mfu, "share", f"model FLOPs (6N + causal attention) against {peak}")
+    row("steps", outcome.step, "", "training steps done, all sittings together")
+    tokens = outcome.step * pace.tokens_per_step
+    row("tokens_seen", tokens, "tokens", "steps * batch.global * batch.seq_len")
+    row("train_s", outcome.train_s, "s", "this sitting, evaluations included")
+    row("params", session.skeleton.table.num_params, "", "all parameters")
+    return rows

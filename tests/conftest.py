@@ -1,0 +1,55 @@
+"""Eight CPU devices, strict promotion, warnings as errors; a cache that tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from llmos_jax.config import load_model  # noqa: E402
+from llmos_jax.ir import ModelSpec  # noqa: E402
+
+FLOAT32_RELATIVE = 1e-5
+"""Float32 sums of a few hundred terms in another order differ by about 1e-6."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for this worker's tests, away from the user's own."""
+    folder = Path(os.environ.get("LLMOS_TEST_CACHE", tmp_path_factory.mktemp("cache")))
+    os.environ["LLMOS_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelSpec:
+    """Two layers, divisible by eight in every dimension that may be split."""
+    return load_model("tiny")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A random key."""
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 60 kB of real English: Python's own documentation of its topics."""
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n\n".join(topics.values())[:60_000], encoding="utf-8")
+    return path
