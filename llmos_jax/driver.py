@@ -57,13 +57,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     skeleton = models.skeleton(resolve_model(config.model))
     chosen = plan(config)
     say(chosen.explain())
-    folder = training.open_folder(
-        config, plan_document(chosen), is_first=is_first
-    )
+    folder = training.open_folder(config)
     finished = folder.finished_report(config.train.steps)
     if finished is not None:
         say(f"{folder.path} is finished: {folder.resume_step} steps, nothing to do.")
         return finished
+    if is_first:
+        folder.record(config, plan_document(chosen))
 
     text = data.prepare(
         config.data,
@@ -152,11 +152,14 @@ def evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def doctor(model: str | None) -> dict[str, Any]:
-    """This machine (and a checkpoint, if one is named) -> what works and what does not."""
+    """This machine (and a checkpoint, if named) -> what works and what does not."""
     from llmos_jax import lowering
     from llmos_jax.telemetry import environment
 
-    report: dict[str, Any] = {"environment": environment(), "checks": lowering.inspect()}
+    report: dict[str, Any] = {
+        "environment": environment(),
+        "checks": lowering.inspect(),
+    }
     if model is not None:
         from llmos_jax import checkpoint
 

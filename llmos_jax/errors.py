@@ -1,15 +1,15 @@
 """Every error a user, a file, a device or a request can cause.
 
-LlmosError                      exit 1
-├── ConfigError (ValueError)    exit 2   a key, a value, a flag, a file that was named
-│   └── DataError               exit 2   the text or labels that a config points at
-├── RuleError (ValueError)      exit 2   a sharding rules file, or a model it cannot split
-├── PlanError                   exit 3
-│   └── NoFeasiblePlan          exit 3   every candidate was rejected; carries the reasons
-├── LowerError                  exit 1   the compiler, or the devices, said no
-├── CheckpointError             exit 1   a checkpoint that is missing, damaged or foreign
-│   └── PlanMismatch            exit 1   a checkpoint of another model
-└── TrainingError               exit 1   the run itself: NaN loss, no disk space
+LlmosError                     exit 1
+├── ConfigError (ValueError)   exit 2  a key, a value, a flag, a file that was named
+│   └── DataError              exit 2  the text or labels that a config points at
+├── RuleError (ValueError)     exit 2  a rules file, or a model that it cannot split
+├── PlanError                  exit 3  a question that cannot be planned
+│   └── NoFeasiblePlan         exit 3  every candidate was rejected, with reasons
+├── LowerError                 exit 1  the compiler, or the devices, said no
+├── CheckpointError            exit 1  a checkpoint missing, damaged or foreign
+│   └── PlanMismatch           exit 1  a checkpoint of another model
+└── TrainingError              exit 1  the run itself: NaN loss, no disk space
 
 The front doors turn any of them into one `error:` line and its exit code; whatever is
 not in this tree is our own bug and keeps its traceback. A message says what was wanted,

@@ -1,7 +1,7 @@
 """python -m llmos_jax.evaluate MODEL: score a model on text.
 
-The text is data.test, else data.validation (--set data.test=FILE), else the part that the
-model's own run held out.
+The text is data.test, else data.validation (--set data.test=FILE), else the part that
+the model's own run held out.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def data_folder(name: str) -> Path:
-    """Return the folder `configs` or `sharding_rules`: the checkout's, else packaged."""
+    """Return `configs` or `sharding_rules`: the checkout's, else the packaged one."""
     beside = _PACKAGE.parent / name
     if beside.is_dir() and (_PACKAGE.parent / "pyproject.toml").is_file():
         return beside
@@ -21,6 +21,6 @@ def data_folder(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return this user's cache: $LLMOS_CACHE, or ~/.cache/llmos_jax. It may not exist."""
+    """Return this user's cache: $LLMOS_CACHE or ~/.cache/llmos_jax. Maybe absent."""
     chosen = os.environ.get("LLMOS_CACHE")
     return Path(chosen) if chosen else Path.home() / ".cache" / "llmos_jax"

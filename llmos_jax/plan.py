@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def answer(arguments: Any) -> Answer:
         overrides = list(arguments.overrides)
-        rules, mesh = arguments.rules, arguments.mesh
-        overrides += [f"rules={rules}"] if rules else []
-        overrides += [f"plan.mesh.{pin.strip()}" for pin in (mesh or "").split(",") if pin]
+        pins = [pin.strip() for pin in (arguments.mesh or "").split(",")]
+        overrides += [f"plan.mesh.{pin}" for pin in pins if pin]
+        overrides += [f"rules={arguments.rules}"] if arguments.rules else []
         loaded = load_config(arguments.config, overrides)
         chosen = driver.plan(loaded.config)
         if arguments.out:

@@ -1,7 +1,7 @@
 """python -m llmos_jax.train [CONFIG]: train a model from a config.
 
-Makes run.dir with checkpoints, metrics, report.html and report.json. Running again on the
-same folder resumes; a finished run says so and changes nothing.
+Makes run.dir with checkpoints, metrics, report.html and report.json. Running again on
+the same folder resumes; a finished run says so and changes nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Turn bytes, FLOP/s and seconds into text a person reads, in one way everywhere.
 
-Inside the house bytes are bytes and times are seconds; GiB and ms appear only when shown.
+Inside the house bytes are bytes and times are seconds; GiB and ms appear only when
+shown.
 """
 
 from __future__ import annotations

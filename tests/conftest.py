@@ -13,7 +13,7 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -53,3 +53,25 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "topics.txt"
     path.write_text("\n\n".join(topics.values())[:60_000], encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file: `tiny` with a vocabulary of 512."""
+    import small
+
+    path = tmp_path_factory.mktemp("models") / "small.toml"
+    path.write_text(small.MODEL, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_run(
+    tmp_path_factory: pytest.TempPathFactory, small_model: Path, text_file: Path
+) -> Path:
+    """The folder of a finished 20-step run over eight devices. Do not write to it."""
+    import small
+
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    small.train(small.overrides(folder, small_model, text_file))
+    return folder

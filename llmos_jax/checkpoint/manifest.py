@@ -1,7 +1,7 @@
 """Manifest: what a checkpoint is, in a page of JSON beside its arrays.
 
-With the tokenizer stored next to it, a checkpoint needs no config to be read, continued,
-evaluated or to speak.
+With the tokenizer stored next to it, a checkpoint needs no config to be read,
+continued, evaluated or to speak.
 """
 
 from __future__ import annotations

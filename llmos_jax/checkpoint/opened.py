@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmos_jax.checkpoint.find import find_checkpoint
+from llmos_jax.checkpoint.find import Found, find_checkpoint
 from llmos_jax.checkpoint.store import CheckpointStore
 from llmos_jax.data import Tokenizer
+from llmos_jax.errors import CheckpointError, ConfigError
 from llmos_jax.models import Params, Skeleton, skeleton
 
 
@@ -62,8 +63,18 @@ def open_checkpoint(name: str) -> OpenedCheckpoint:
         store=found.store,
         step=found.step,
         skeleton=skeleton(manifest.model),
-        tokenizer=Tokenizer.from_json(found.store.tokenizer_json(found.step)),
+        tokenizer=_tokenizer(found),
     )
+
+
+def _tokenizer(found: Found) -> Tokenizer:
+    try:
+        return Tokenizer.from_json(found.store.tokenizer_json(found.step))
+    except ConfigError as problem:
+        raise CheckpointError(
+            f"checkpoint {found.store.folder / str(found.step)} cannot be read: its "
+            f"tokenizer is {problem} Name an earlier step of the same run."
+        ) from None
 
 
 def inspect(name: str) -> dict[str, Any]:

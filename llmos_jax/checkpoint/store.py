@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,17 @@ from llmos_jax.checkpoint.manifest import Manifest
 from llmos_jax.errors import CheckpointError, LlmosError
 from llmos_jax.units import format_bytes
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Every failure of a save is raised by `wait`, `save` or `close` and explained there;
+# what its threads log besides (a traceback each) would bury that one line.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class CheckpointStore:
     """The checkpoints of one run folder."""
 
-    def __init__(self, folder: Path, *, keep: int | None = None, read_only: bool = False):
+    def __init__(
+        self, folder: Path, *, keep: int | None = None, read_only: bool = False
+    ):
         """Open a folder of checkpoints.
 
         Args:
@@ -75,7 +80,7 @@ class CheckpointStore:
             )
 
     def wait(self) -> None:
-        """Block until everything saved is committed; raise what went wrong, if it did."""
+        """Block until everything saved is committed; raise what went wrong, if so."""
         with _explained(f"the last checkpoint in {self.folder} failed"):
             self._manager.wait_until_finished()
 
@@ -85,7 +90,9 @@ class CheckpointStore:
 
     def manifest(self, step: int) -> Manifest:
         """Read what checkpoint `step` is."""
-        return Manifest.from_json(self._restore_json(step, "manifest"))
+        page = self._restore_json(step, "manifest")
+        with _explained(f"checkpoint {self.folder / str(step)} cannot be read"):
+            return Manifest.from_json(page)
 
     def tokenizer_json(self, step: int) -> str:
         """Read the tokenizer that checkpoint `step` carries."""
@@ -119,7 +126,13 @@ class CheckpointStore:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()})
             )
-        return dict(restored[item])
+            page = restored[item]
+            if not isinstance(page, dict):
+                raise CheckpointError(
+                    f"checkpoint {self.folder / str(step)} cannot be read: its {item} "
+                    "is damaged. Name an earlier step of the same run."
+                )
+        return page
 
 
 def require_space(folder: Path, state: Any, keep: int) -> None:
@@ -139,9 +152,27 @@ def require_space(folder: Path, state: Any, keep: int) -> None:
         raise CheckpointError(
             f"no disk space for checkpoints in {folder}: {format_bytes(needed)} wanted "
             f"(checkpoint.keep = {keep}, and one being written), "
-            f"{format_bytes(free + held)} available. Free some, choose another run.dir, "
-            "or keep fewer."
+            f"{format_bytes(free + held)} available. Free some, choose another "
+            "run.dir, or keep fewer."
         )
+
+
+def _hush_closed_loops() -> None:
+    """Keep silent about TensorStore's late callbacks after a failed save.
+
+    They come from C++ threads to an event loop that Orbax has closed by then; Python
+    can only print them, and the save's own failure has been raised already.
+    """
+    shown = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    sys.unraisablehook = hook
+
+
+_hush_closed_loops()
 
 
 @contextlib.contextmanager
@@ -149,11 +180,13 @@ def _explained(what: str) -> Iterator[None]:
     """Turn whatever Orbax and TensorStore raise into one line."""
     try:
         yield
-    except LlmosError:
+    except CheckpointError:
         raise
     except Exception as problem:
         text = str(problem)
-        if getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in text:
+        if isinstance(problem, LlmosError):
+            reason = text.rstrip(".")
+        elif getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in text:
             reason = "the disk is full"
         elif isinstance(problem, OSError) and problem.strerror:
             reason = problem.strerror

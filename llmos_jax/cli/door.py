@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +38,8 @@ def run_verb(
     """
     wants_json = "--json" in (sys.argv[1:] if argv is None else argv)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            with contextlib.redirect_stdout(sys.__stdout__):
-                arguments = parse(parser, argv)
+        arguments = parse(parser, argv)
+        with _stdout_to_stderr():
             result = answer(arguments)
     except LlmosError as problem:
         return _fail(str(problem), problem.exit_code, wants_json)
@@ -51,6 +52,19 @@ def run_verb(
     return _say(json.dumps(result.json) if wants_json else result.text)
 
 
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what Python and what C++ libraries (Gloo) print meanwhile to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what C++ buffered belongs to stderr too
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _say(text: str) -> int:

@@ -65,7 +65,9 @@ def _stopped(report: dict[str, Any]) -> str:
     why = {
         "finished": f"finished in {took}",
         "time": f"stopped by train.max_minutes after {took}",
-    }.get(report["stopped_by"], f"stopped by {report['stopped_by']} after {took}, saved")
+    }.get(
+        report["stopped_by"], f"stopped by {report['stopped_by']} after {took}, saved"
+    )
     return f"{why}: {figures}"
 
 

@@ -1,6 +1,7 @@
 """Turn plain tables into frozen dataclasses, and back into TOML, with exact errors.
 
-The schema is the dataclass: this file walks its fields, so a new field needs nothing here.
+The schema is the dataclass: this file walks its fields, so a new field needs nothing
+here.
 """
 
 from __future__ import annotations

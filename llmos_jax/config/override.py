@@ -1,7 +1,7 @@
 """Lay `--set key=value` over a config table, typed by the schema.
 
-The value is read as TOML where it is TOML (`3`, `1e-3`, `true`, `["a", "b"]`) and as text
-where the schema wants text, so no quoting is needed for names and paths.
+The value is read as TOML where it is TOML (`3`, `1e-3`, `true`, `["a", "b"]`) and as
+text where the schema wants text, so no quoting is needed for names and paths.
 """
 
 from __future__ import annotations

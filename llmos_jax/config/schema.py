@@ -1,8 +1,8 @@
 """The keys a run config may hold: one frozen dataclass per TOML section.
 
-A field without a default is required. `key` metadata gives the name in the file where it
-is a Python keyword. Adding a field here adds the key, its type check, its `--set` and its
-place in the expanded config; nothing else lists the keys.
+A field without a default is required. `key` metadata gives the name in the file where
+it is a Python keyword. Adding a field here adds the key, its type check, its `--set`
+and its place in the expanded config; nothing else lists the keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RunSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSection:
-    """One step: give `global` (sequences over all devices) or `per_device`, not both."""
+    """One step: `global` (sequences over all devices) or `per_device`, not both."""
 
     seq_len: int = 2048
     global_: int | None = field(default=None, metadata={"key": "global"})

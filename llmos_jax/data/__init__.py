@@ -12,7 +12,9 @@ from llmos_jax.data.batches import (
 )
 from llmos_jax.data.compressors import compare
 from llmos_jax.data.document import Document, split
+from llmos_jax.data.scored import prepare_scored
 from llmos_jax.data.sources import PYTHON_DOCS, read_documents
+from llmos_jax.data.token_file import TokenFile
 from llmos_jax.data.tokenizer import (
     StreamDecoder,
     Tokenizer,
@@ -21,7 +23,7 @@ from llmos_jax.data.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
-from llmos_jax.data.tokens import PreparedText, TokenFile, prepare
+from llmos_jax.data.tokens import PreparedText, prepare
 
 __all__ = [
     "PYTHON_DOCS",
@@ -39,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "num_evaluation_batches",
     "prepare",
+    "prepare_scored",
     "read_documents",
     "split",
     "train_bpe",

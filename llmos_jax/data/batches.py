@@ -18,7 +18,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from llmos_jax.data.tokens import TokenFile
+from llmos_jax.data.token_file import TokenFile
 from llmos_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]

@@ -38,6 +38,21 @@ def read_sides(section: DataSection, room: Path, stack: ExitStack) -> tuple[Side
     return sides, held_out_by
 
 
+def read_scored(
+    section: DataSection, room: Path, stack: ExitStack
+) -> tuple[str, Spool]:
+    """Return the side to score a finished model on, by name: test text if it is named,
+    else validation text, named or held out of the training text as in `read_sides`."""
+    if section.test:
+        return "test", _read(section, section.test, room / "test.txt", stack)
+    if section.validation:
+        path = room / "validation.txt"
+        return "validation", _read(section, section.validation, path, stack)
+    sides, _ = _split(section, room, stack)
+    sides["train"].path.unlink()
+    return "validation", sides["validation"]
+
+
 def _read(
     section: DataSection, patterns: Sequence[str], path: Path, stack: ExitStack
 ) -> Spool:

@@ -8,62 +8,37 @@ predicted from that, and no document is predicted from nothing.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 
 from llmos_jax.config.schema import DataSection
 from llmos_jax.data.cache import open_or_build
 from llmos_jax.data.sides import read_sides
 from llmos_jax.data.sources import fingerprint_sources
-from llmos_jax.data.spool import Spool
+from llmos_jax.data.token_file import (
+    TokenFile,
+    code_digest,
+    encode,
+    open_token_file,
+)
 from llmos_jax.data.tokenizer import (
     Tokenizer,
     bytes_tokenizer,
     check_vocabulary,
-    cut_pieces,
     load_tokenizer,
     train_bpe,
 )
 from llmos_jax.ir import fingerprint_of
 from llmos_jax.units import format_bytes
 
-_ROUND_CHARACTERS = 4 << 20  # encoded at once: bounds memory, feeds every thread
 # A tokenizer is trained on the first 64 MiB: its counts hardly move after that, and the
 # trainer holds every distinct word in memory.
 _TRAINER_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenFile:
-    """Token ids of documents, each begun by the end mark, in one flat file.
-
-    `num_bytes` counts the UTF-8 bytes of the text, without marks; `raw` is a file of
-    just these bytes, kept for held-out text so that compressors can be run on it.
-    """
-
-    path: Path
-    dtype: str
-    num_tokens: int
-    num_bytes: int
-    num_documents: int
-    fingerprint: str
-    raw: Path | None = None
-
-    def open(self) -> np.ndarray:
-        """Map the file into memory: [num_tokens] of uint16 or uint32, read-only."""
-        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=self.num_tokens)
-
-    def raw_bytes(self) -> bytes:
-        """Return the text itself; only of validation and test files."""
-        assert self.raw is not None, "training text is not kept"
-        return self.raw.read_bytes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +91,9 @@ def prepare(
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     return PreparedText(
         tokenizer=Tokenizer.from_json(text),
-        train=_token_file(folder, "train", facts),
-        validation=_token_file(folder, "validation", facts),
-        test=_token_file(folder, "test", facts) if "test" in facts else None,
+        train=open_token_file(folder, "train", facts),
+        validation=open_token_file(folder, "validation", facts),
+        test=open_token_file(folder, "test", facts) if "test" in facts else None,
         held_out_by=facts["held_out_by"],
         folder=folder,
     )
@@ -134,7 +109,7 @@ def _key(section: DataSection, given: Tokenizer | None, vocab_size: int) -> str:
     trained = ["train", vocab_size, tokenizers.__version__]
     return fingerprint_of(
         [
-            _code_digest(),
+            code_digest(),
             fingerprint_sources(section.train),
             fingerprint_sources(section.validation) if section.validation else None,
             fingerprint_sources(section.test) if section.test else None,
@@ -143,12 +118,6 @@ def _key(section: DataSection, given: Tokenizer | None, vocab_size: int) -> str:
             given.fingerprint if given else trained,
         ]
     )
-
-
-def _code_digest() -> str:
-    """Digest this room's code: what other code prepared is made again."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _build(
@@ -170,7 +139,7 @@ def _build(
         facts: dict[str, Any] = {"held_out_by": held_out_by}
         for name, spool in sides.items():
             on_progress(f"encoding {format_bytes(spool.num_bytes)} of {name} text")
-            facts[name] = _encode(spool, tokenizer, room / f"{name}.bin")
+            facts[name] = encode(spool, tokenizer, room / f"{name}.bin")
     train.path.unlink()
     (room / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     return facts
@@ -182,54 +151,6 @@ def _first(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
             return
         yield text[:num_bytes]
         num_bytes -= len(text)
-
-
-def _encode(spool: Spool, tokenizer: Tokenizer, path: Path) -> dict[str, Any]:
-    """Write the ids of all documents, each begun by the end mark; return the counts."""
-    dtype = "uint16" if tokenizer.vocab_size < 1 << 16 else "uint32"
-    num_tokens = 0
-    with path.open("wb") as file:
-        for pieces, begins in _rounds(spool):
-            for ids, is_first in zip(tokenizer.encode_batch(pieces), begins):
-                marked = np.insert(ids, 0, tokenizer.eos_id) if is_first else ids
-                file.write(marked.astype(dtype).tobytes())
-                num_tokens += marked.size
-    return {
-        "dtype": dtype,
-        "num_tokens": num_tokens,
-        "num_bytes": spool.num_bytes,
-        "num_documents": spool.num_documents,
-        "fingerprint": _fingerprint(path),
-    }
-
-
-def _rounds(texts: Iterable[str]) -> Iterator[tuple[list[str], list[bool]]]:
-    """Yield lists of pieces to encode together, with which of them begin a document."""
-    pieces: list[str] = []
-    begins: list[bool] = []
-    size = 0
-    for text in texts:
-        for index, piece in enumerate(cut_pieces(text)):
-            pieces.append(piece)
-            begins.append(index == 0)
-            size += len(piece)
-            if size >= _ROUND_CHARACTERS:
-                yield pieces, begins
-                pieces, begins, size = [], [], 0
-    if pieces:
-        yield pieces, begins
-
-
-def _fingerprint(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def _token_file(folder: Path, name: str, facts: dict[str, Any]) -> TokenFile:
-    raw = folder / f"{name}.txt"
-    return TokenFile(
-        path=folder / f"{name}.bin", raw=raw if raw.exists() else None, **facts[name]
-    )
 
 
 def _counts(file: TokenFile) -> dict[str, Any]:

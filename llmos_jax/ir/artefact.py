@@ -1,7 +1,7 @@
 """Give every artefact the same four answers: JSON, from JSON, fingerprint, version.
 
-An artefact is a frozen dataclass that a stage makes and another stage reads. Its JSON is
-canonical (sorted keys), so equal artefacts have equal fingerprints on every machine.
+An artefact is a frozen dataclass that a stage makes and another stage reads. Its JSON
+is canonical (sorted keys), so equal artefacts have equal fingerprints on every machine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """ModelSpec: the numbers that make one model of a family.
 
-Letters as in sharding_rules/axes.toml: D embed_dim, F ffn_dim, L num_layers, N num_heads,
-K num_kv_heads, H head_dim, V vocab_size. A spec holds sizes and constants of the
-mathematics; it knows nothing of chips, batches or dtypes of a run.
+Letters as in sharding_rules/axes.toml: D embed_dim, F ffn_dim, L num_layers, N
+num_heads, K num_kv_heads, H head_dim, V vocab_size. A spec holds sizes and constants of
+the mathematics; it knows nothing of chips, batches or dtypes of a run.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class ModelSpec(Artefact):
                 )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"model {self.name}: num_heads = {self.num_heads} is not a multiple of "
-                f"num_kv_heads = {self.num_kv_heads}; each KV head serves a whole number "
-                "of query heads."
+                f"model {self.name}: num_heads = {self.num_heads} is not a multiple "
+                f"of num_kv_heads = {self.num_kv_heads}; each KV head serves a whole "
+                "number of query heads."
             )
         if self.head_dim % 2:
             raise ConfigError(

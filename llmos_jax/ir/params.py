@@ -1,7 +1,8 @@
 """ParamTable: every parameter of a model as a plain row, before any exists.
 
-`models.param_table` makes it by evaluating a Flax NNX module abstractly; planner, rules,
-lowering and checkpoint read it. It is the one place where shapes and logical axes meet.
+`models.param_table` makes it by evaluating a Flax NNX module abstractly; planner,
+rules, lowering and checkpoint read it. It is the one place where shapes and logical
+axes meet.
 """
 
 from __future__ import annotations

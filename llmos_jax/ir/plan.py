@@ -68,6 +68,8 @@ class Candidate:
     microbatches: int
     remat: str
     predicted: Estimate
+    unrolled: bool = False
+    """Whether the layers are written out instead of scanned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +151,7 @@ class Plan(Artefact):
                 "mesh": self.mesh.sizes,
                 "microbatches": self.microbatches,
                 "remat": self.remat,
+                "unrolled": self.chosen.unrolled,
                 "offload": list(self.offload),
                 "specs": {path: list(spec) for path, spec in self.specs.items()},
             }
@@ -194,6 +197,7 @@ class Plan(Artefact):
             },
             "remat": self.remat,
             "offload": list(self.offload),
+            "scan": not self.chosen.unrolled,
             "predicted": {
                 "step_s": estimate.step_s,
                 "peak_hbm_bytes": estimate.peak_hbm_bytes,

@@ -1,7 +1,8 @@
 """Rules: how a family of models MAY be split, logical axis by logical axis.
 
 `rules.load_rules` reads one from sharding_rules/, `rules.resolve` applies it to a mesh.
-configs say what to run; sharding_rules say what may be split; a Plan says what was chosen.
+configs say what to run; sharding_rules say what may be split; a Plan says what was
+chosen.
 """
 
 from __future__ import annotations

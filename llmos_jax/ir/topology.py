@@ -1,8 +1,8 @@
 """Topology: the chips of a machine and the links between them.
 
 `hardware.parse_topology` makes it from a name such as `v5p:4x4x8` or `2*v6e:16x16`; the
-planner reads it. A *device* is what JAX calls one: a v5p chip is one device, a tpu7x chip
-two. A *slice* is a set of chips joined by ICI (or NVLink); slices meet over DCN.
+planner reads it. A *device* is what JAX calls one: a v5p chip is one device, a tpu7x
+chip two. A *slice* is a set of chips joined by ICI (or NVLink); slices meet over DCN.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Topology(Artefact):
         return self.chip.hbm_bytes / self.chip.devices_per_chip
 
     def peak_flops_per_s(self, dtype: str) -> float:
-        """Peak of one JAX device for matmuls in `dtype`; its best slower kind if none."""
+        """Peak of one JAX device for matmuls in `dtype`, or the nearest kind it has."""
         peaks = self.chip.peak_flops_per_s
         peak = peaks.get(dtype, peaks.get("bfloat16", min(peaks.values())))
         return peak / self.chip.devices_per_chip

@@ -33,11 +33,10 @@ def global_array(
         num_rows: global rows.
     """
     shape = (num_rows, *local.shape[1:])
-    if len(rows) == num_rows:
-        return jax.make_array_from_callback(shape, sharding, lambda index: local[index])
     place = {row: position for position, row in enumerate(rows)}
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         wanted = [place[row] for row in range(*index[0].indices(num_rows))]
         return local[wanted][(slice(None), *index[1:])]
 

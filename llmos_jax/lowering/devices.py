@@ -1,8 +1,8 @@
 """Say what devices are here, join the processes of a pod, and keep compiled programs.
 
-The first room that touches JAX's backends. `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`
-and `JAX_PROCESS_ID` join processes by hand; TPU pods, Slurm and Open MPI are found by
-JAX itself.
+The first room that touches JAX's backends. `JAX_COORDINATOR_ADDRESS`,
+`JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` join processes by hand; TPU pods, Slurm and
+Open MPI are found by JAX itself.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def join_processes() -> None:
     """
     if jax.distributed.is_initialized() or not _many_processes():
         return
-    count, index = (
-        _integer(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    )
+    count, index = (_integer(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
         jax.distributed.initialize(num_processes=count, process_id=index)
     except (RuntimeError, ValueError) as problem:
@@ -94,8 +92,8 @@ def measure_matmul_flops_per_s(size: int = 1024, repeats: int = 3) -> float:
 def keep_compiled_programs() -> Path:
     """Turn JAX's persistent compile cache on, in a folder of this kind of machine.
 
-    XLA:CPU programs hold instructions of the CPU they were compiled on, so a home folder
-    shared by unlike machines needs one folder each.
+    XLA:CPU programs hold instructions of the CPU they were compiled on, so a home
+    folder shared by unlike machines needs one folder each.
     """
     here = hashlib.sha256(f"{platform.machine()} {_cpu_flags()}".encode()).hexdigest()
     folder = cache_folder() / "programs" / here[:12]

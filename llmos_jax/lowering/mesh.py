@@ -48,7 +48,9 @@ def _arrange(plan: Plan, devices: list[Any], shape: tuple[int, ...]) -> np.ndarr
             shape, devices, allow_split_physical_axes=True
         )
     data = MESH_AXES.index("data")
-    inside = [size // slices if axis == data else size for axis, size in enumerate(shape)]
+    inside = [
+        size // slices if axis == data else size for axis, size in enumerate(shape)
+    ]
     across = [slices if axis == data else 1 for axis in range(len(shape))]
     return mesh_utils.create_hybrid_device_mesh(
         inside, across, devices, allow_split_physical_axes=True

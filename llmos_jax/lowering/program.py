@@ -22,7 +22,7 @@ from llmos_jax.models import annotated_by
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """One compiled function of a plan, with the abstract arguments it was lowered for."""
+    """One function of a plan, with the abstract arguments it was lowered for."""
 
     name: str
     plan_fingerprint: str
@@ -40,7 +40,8 @@ class Program:
         """Compile for the devices of the mesh, without running; return seconds taken.
 
         Raises:
-            LowerError: the compiler refused, for example because memory does not suffice.
+            LowerError: the compiler refused, for example because memory does not
+            suffice.
         """
         if self._compiled:
             return 0.0

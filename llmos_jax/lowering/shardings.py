@@ -33,8 +33,9 @@ def param_shardings(plan: Plan, mesh: Mesh) -> dict[str, NamedSharding]:
 def like_params(tree: Any, plan: Plan, mesh: Mesh) -> Any:
     """Shard any tree that holds copies of the parameter dict the way parameters are.
 
-    An optimizer's state holds dicts keyed by parameter path (its moments); each such leaf
-    follows its parameter if it has its shape. Everything else (counters) is replicated.
+    An optimizer's state holds dicts keyed by parameter path (its moments); each such
+    leaf follows its parameter if it has its shape. Everything else (counters) is
+    replicated.
     """
     shardings = param_shardings(plan, mesh)
     shapes = {row.path: row.shape for row in plan.params.rows}
@@ -64,7 +65,7 @@ def activation_spec(
 def annotator(
     plan: Plan, mesh: Mesh
 ) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-    """What `models.annotate` does while this plan is lowered: constrain the sharding."""
+    """What `models.annotate` does while a plan is lowered: constrain a sharding."""
 
     def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         spec = activation_spec(plan, axes, x.shape)

@@ -1,4 +1,4 @@
-"""Models in Flax NNX: a family is a spec and a module whose parameters name their axes."""
+"""Models in Flax NNX: a spec, and a module whose parameters name their axes."""
 
 from llmos_jax.models.annotate import annotate, annotated_by
 from llmos_jax.models.cache import KVCache, empty_cache

@@ -1,8 +1,8 @@
 """Name the dimensions of an activation; whoever lowers the model decides what follows.
 
-A module calls `annotate(x_BTD, "batch", "seq", "embed")` and knows nothing of meshes. By
-default that does nothing. While lowering traces a model it installs a function that turns
-the names into a sharding constraint, resolved strictly from the plan's rules.
+A module calls `annotate(x_BTD, "batch", "seq", "embed")` and knows nothing of meshes.
+By default that does nothing. While lowering traces a model it installs a function that
+turns the names into a sharding constraint, resolved strictly from the plan's rules.
 """
 
 from __future__ import annotations

@@ -7,15 +7,14 @@ size.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from llmos_jax.ir import ModelSpec
-from llmos_jax.kernels.attention import attention
+from llmos_jax.kernels.attention import attention, rotary_attention, rotate
 from llmos_jax.models.annotate import annotate
 from llmos_jax.models.cache import KVCache, write
 from llmos_jax.models.layers import normal
-from llmos_jax.models.rope import rotate
+from llmos_jax.models.project import project
 
 
 class Attention(nnx.Module):
@@ -37,21 +36,21 @@ class Attention(nnx.Module):
         angles: tuple[jax.Array, jax.Array],
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Attend; with a cache, write this step's keys first and attend to all of it."""
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q[...])
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k[...])
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v[...])
-        q_BTNH = annotate(rotate(q_BTNH, angles), "batch", "seq", "heads", "head_dim")
-        k_BTKH = annotate(
-            rotate(k_BTKH, angles), "batch", "seq", "kv_heads", "head_dim"
-        )
+        """Attend; with a cache, write these keys first and attend to all of it."""
+        q_BTNH = project(x_BTD, self.q[...])
+        k_BTKH = project(x_BTD, self.k[...])
+        v_BTKH = project(x_BTD, self.v[...])
+        q_BTNH = annotate(q_BTNH, "batch", "seq", "heads", "head_dim")
+        k_BTKH = annotate(k_BTKH, "batch", "seq", "kv_heads", "head_dim")
         v_BTKH = annotate(v_BTKH, "batch", "seq", "kv_heads", "head_dim")
-        if cache is not None:
+        if cache is None:
+            out_BTNH = rotary_attention(q_BTNH, k_BTKH, v_BTKH, position_BT, angles)
+        else:
             start = position_BT[0, 0]
+            k_BTKH = rotate(k_BTKH, angles)
             cache = KVCache(
                 k=write(cache.k, k_BTKH, start), v=write(cache.v, v_BTKH, start)
             )
-            k_BTKH, v_BTKH = cache.k, cache.v
-        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, position_BT)
+            out_BTNH = attention(rotate(q_BTNH, angles), cache.k, cache.v, position_BT)
         out_BTNH = annotate(out_BTNH, "batch", "seq", "heads", "head_dim")
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...]), cache
+        return project(out_BTNH, self.o[...], contract=2), cache

@@ -1,7 +1,7 @@
 """A decoder-only transformer: embedding, L equal blocks scanned, norm, head.
 
-B sequences, T tokens, D model, L layers, V vocabulary. The blocks' parameters are stacked
-along a leading `layers` axis, so a model of any depth compiles one block.
+B sequences, T tokens, D model, L layers, V vocabulary. The blocks' parameters are
+stacked along a leading `layers` axis, so a model of any depth compiles one block.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         *,
         remat: str = "none",
+        unroll: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         """Return [B, T, D] before the head, and the cache with this step written.
 
@@ -79,6 +80,8 @@ class Decoder(nnx.Module):
             position_BT: int32 positions; None counts from 0.
             cache: keys and values of earlier tokens, or None.
             remat: a name in remat.REMAT_POLICIES.
+            unroll: write all layers out instead of looping over one; faster on CPUs,
+                where a loop copies what it keeps, and slower to compile.
         """
         B, T = tokens_BT.shape
         if position_BT is None:
@@ -94,7 +97,7 @@ class Decoder(nnx.Module):
             return block(x_BTD, position_BT, angles, layer[1])
 
         x_BTD, cache = jax.lax.scan(
-            rematerialised(body, remat), x_BTD, (stacked, cache)
+            rematerialised(body, remat), x_BTD, (stacked, cache), unroll=unroll or 1
         )
         return self.final_norm(x_BTD), cache
 

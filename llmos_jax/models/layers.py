@@ -1,7 +1,8 @@
 """The parts of a decoder block that are not attention: norm, SwiGLU, embedding, head.
 
-B sequences, T tokens, D model, F feed-forward, V vocabulary. Every parameter is born with
-its logical axes; parameters are float32 and compute follows the dtype they are cast to.
+B sequences, T tokens, D model, F feed-forward, V vocabulary. Every parameter is born
+with its logical axes; parameters are float32 and compute follows the dtype they are
+cast to.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmos_jax.models.annotate import annotate
+from llmos_jax.models.project import project
 
 
 def normal(
@@ -45,10 +47,10 @@ class SwiGLU(nnx.Module):
         self.down = normal(rngs, (F, D), (2 * num_layers * F) ** -0.5, ("ffn", "embed"))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...])
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...])
+        gate_BTF = project(x_BTD, self.gate[...])
+        up_BTF = project(x_BTD, self.up[...])
         h_BTF = annotate(jax.nn.silu(gate_BTF) * up_BTF, "batch", "seq", "ffn")
-        return jnp.einsum("BTF,FD->BTD", h_BTF, self.down[...])
+        return project(h_BTF, self.down[...])
 
 
 class Embedding(nnx.Module):

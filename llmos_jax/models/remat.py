@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from llmos_jax.models.project import SAVED
+
 REMAT_POLICIES = ("none", "dots", "full")
 
 
@@ -22,7 +24,7 @@ def rematerialised(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
     if policy == "none":
         return body
     saveable = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
         "full": jax.checkpoint_policies.nothing_saveable,
     }[policy]
     return jax.checkpoint(body, policy=saveable, prevent_cse=False)

@@ -1,7 +1,7 @@
-"""Rotary position embeddings (RoFormer, arXiv 2104.09864), split-half convention.
+"""Angles of rotary position embeddings (RoFormer, arXiv 2104.09864).
 
-B sequences, T tokens, N heads, H head size. Dimension h is paired with h + H/2, as the
-Hugging Face weights of the Llama family expect.
+B sequences, T tokens, H head size. Dimension h is paired with h + H/2, as the Hugging
+Face weights of the Llama family expect; kernels/attention does the rotating.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from llmos_jax.ir import ModelSpec, RopeScaling
 
 
-def rotary_angles(position_BT: jax.Array, spec: ModelSpec) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(
+    position_BT: jax.Array, spec: ModelSpec
+) -> tuple[jax.Array, jax.Array]:
     """Return cos and sin, float32 [B, T, H/2], of every position and frequency."""
     H = spec.head_dim
     frequency_H = spec.rope_theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
@@ -24,22 +26,8 @@ def rotary_angles(position_BT: jax.Array, spec: ModelSpec) -> tuple[jax.Array, j
     return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
 
 
-def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate each pair of dimensions by its angle; computed in float32."""
-    cos_BTNH, sin_BTNH = (part[:, :, None, :] for part in angles)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [
-            first * cos_BTNH - second * sin_BTNH,
-            second * cos_BTNH + first * sin_BTNH,
-        ],
-        axis=-1,
-    )
-    return rotated.astype(x_BTNH.dtype)
-
-
 def _scale(frequency_H: jax.Array, scaling: RopeScaling) -> jax.Array:
-    """Llama 3.1: slow frequencies divided by `factor`, fast ones kept, a ramp between."""
+    """Llama 3.1: divide slow frequencies by `factor`, keep fast ones, ramp between."""
     wavelength = 2 * math.pi / frequency_H
     low = scaling.original_max_seq_len / scaling.low_freq_factor
     high = scaling.original_max_seq_len / scaling.high_freq_factor

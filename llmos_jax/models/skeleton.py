@@ -1,8 +1,8 @@
 """Split a model into its structure and a flat dict of parameters, once.
 
-Everything above handles parameters as `{dotted path: array}`: sharding, optimizer state,
-checkpoints and conversion become maps over one dict, and a jitted step never walks a
-module graph.
+Everything above handles parameters as `{dotted path: array}`: sharding, optimizer
+state, checkpoints and conversion become maps over one dict, and a jitted step never
+walks a module graph.
 """
 
 from __future__ import annotations

@@ -90,6 +90,7 @@ def _choice(plan: Plan) -> list[str]:
         _row("mesh", str(plan.mesh)),
         _row("remat", f"{plan.remat} ({_REMAT_MEANING[plan.remat]})"),
         _row("microbatches", str(plan.microbatches)),
+        _row("layers", "written out" if plan.chosen.unrolled else "one loop (scan)"),
         _row(
             "predicted",
             f"{format_seconds(found.step_s)} a step, "

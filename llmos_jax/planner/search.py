@@ -9,7 +9,7 @@ with its kind and a colon, so that reasons can be counted.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmos_jax.config import load_model
 from llmos_jax.errors import NoFeasiblePlan, RuleError
@@ -218,7 +218,7 @@ def _keep_fitting(
 
 
 def _cost(item: _Sized, job: _Job) -> Candidate:
-    return estimate(
+    found = estimate(
         item.layout,
         item.way,
         item.memory,
@@ -227,6 +227,18 @@ def _cost(item: _Sized, job: _Job) -> Candidate:
         job.topology,
         job.workload,
     )
+    return replace(found, unrolled=_unrolls(job))
+
+
+UNROLL_LAYERS = 16
+"""On one CPU device, layers up to this many are written out: a loop copies what it
+keeps for the backward pass (bench_29m: 1.2x faster, tools/bench/train.py). Compiling
+takes about 0.3 s a layer."""
+
+
+def _unrolls(job: _Job) -> bool:
+    on_one_cpu = job.topology.chip.vendor == "cpu" and job.topology.num_devices == 1
+    return on_one_cpu and job.sizes.layers <= UNROLL_LAYERS
 
 
 def _rank(candidate: Candidate) -> tuple[float, int, int, float]:

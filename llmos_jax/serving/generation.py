@@ -1,7 +1,7 @@
 """Continue one prompt, token by token, with a KV cache.
 
-T prompt tokens, S cache slots. The prompt is padded to a power of two and the cache to a
-multiple of 128, so a session of prompts compiles a handful of programs. Padding is
+T prompt tokens, S cache slots. The prompt is padded to a power of two and the cache to
+a multiple of 128, so a session of prompts compiles a handful of programs. Padding is
 harmless: it lies after the prompt, no query sees it, and decoding overwrites it.
 """
 
@@ -130,7 +130,11 @@ def _programs(skeleton: Skeleton, sampling: Sampling) -> tuple[Callable, Callabl
     """The jitted (prefill, decode) of one way to sample; both donate the cache."""
 
     def prefill(
-        params: Params, tokens_BT: jax.Array, T: jax.Array, cache: KVCache, root: jax.Array
+        params: Params,
+        tokens_BT: jax.Array,
+        T: jax.Array,
+        cache: KVCache,
+        root: jax.Array,
     ) -> tuple[jax.Array, KVCache]:
         model = skeleton.bind(params)
         position_BT = jnp.arange(tokens_BT.shape[1])[None, :]
@@ -140,13 +144,18 @@ def _programs(skeleton: Skeleton, sampling: Sampling) -> tuple[Callable, Callabl
         return sample(logits_BV, jax.random.fold_in(root, T), sampling), cache
 
     def decode(
-        params: Params, token_B: jax.Array, position: jax.Array, cache: KVCache,
+        params: Params,
+        token_B: jax.Array,
+        position: jax.Array,
+        cache: KVCache,
         root: jax.Array,
     ) -> tuple[jax.Array, KVCache]:
         model = skeleton.bind(params)
         position_B1 = jnp.broadcast_to(position, (token_B.shape[0], 1))
         x_B1D, cache = model.features(token_B[:, None], position_B1, cache)
         logits_BV = model.logits(x_B1D)[:, 0, :]
-        return sample(logits_BV, jax.random.fold_in(root, position + 1), sampling), cache
+        return sample(
+            logits_BV, jax.random.fold_in(root, position + 1), sampling
+        ), cache
 
     return jax.jit(prefill, donate_argnums=3), jax.jit(decode, donate_argnums=3)

@@ -48,14 +48,16 @@ def conduct(
     )
     if start:
         say(f"resuming from step {start} in {folder.path}")
-        source.set_state(folder.store.manifest(start).data)
         state = session.restore(folder.store, start)
+        source.set_state(folder.store.manifest(start).data)
     else:
         state = session.fresh()
     say(f"compiled the training step in {format_seconds(session.program.compile())}")
     pace = _pace(session)
     hooks = _hooks(session, text, folder, source)
-    writer = _Quiet() if not is_first else MetricsWriter(folder.path, resume_step=start)
+    writer: Any = _Quiet()
+    if is_first:
+        writer = MetricsWriter(folder.path, resume_step=start)
     limit = config.train.max_minutes
     progress = TrainProgress(
         config.train.steps,

@@ -55,7 +55,8 @@ def score_step(
         cast = {path: value.astype(compute_dtype) for path, value in params.items()}
         logits_BTV = skeleton.bind(cast)(batch["inputs"])
         losses_BT = token_losses(logits_BTV, batch["targets"])
-        right_BT = jnp.argmax(logits_BTV, axis=-1) == batch["targets"]
+        guesses_BT = jnp.argmax(logits_BTV, axis=-1)
+        right_BT = (guesses_BT == batch["targets"]).astype(jnp.float32)
         weights_BT = batch["weights"]
         return jnp.stack(
             [

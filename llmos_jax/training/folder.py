@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,39 +35,46 @@ class RunFolder:
         report: dict[str, Any] = json.loads(self.report_path.read_text())
         return report if report.get("steps", 0) >= steps else None
 
+    def record(self, config: RunConfig, document: dict[str, Any]) -> None:
+        """Write config.toml (as asked, fully expanded) and plan.json.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        with _writable(self.path):
+            (self.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            (self.path / "plan.json").write_text(json.dumps(document, indent=1) + "\n")
+
     def last_saved(self) -> str:
-        """A sentence that names the last good checkpoint."""
+        """A sentence that names the last good checkpoint, once it is whole on disk."""
+        self.store.wait()
         steps = self.store.steps()
         if not steps:
             return "No checkpoint had been saved yet."
         return f"The last good checkpoint is {self.store.folder / str(steps[-1])}."
 
 
-def open_folder(
-    config: RunConfig, document: dict[str, Any], *, is_first: bool
-) -> RunFolder:
-    """Make or reopen `run.dir`; the first process writes config.toml and plan.json.
-
-    Args:
-        config: as asked, fully expanded.
-        document: the plan.json of the run.
-        is_first: whether this process writes.
+def open_folder(config: RunConfig) -> RunFolder:
+    """Make or reopen `run.dir`.
 
     Raises:
-        ConfigError: the folder cannot be made or written.
+        ConfigError: the folder cannot be made.
         CheckpointError: its checkpoints cannot be opened.
     """
     path = Path(config.run.dir).expanduser()
-    try:
+    with _writable(path):
         path.mkdir(parents=True, exist_ok=True)
-        if is_first:
-            (path / "config.toml").write_text(to_toml(config), encoding="utf-8")
-            (path / "plan.json").write_text(json.dumps(document, indent=1) + "\n")
+    store = CheckpointStore(path / "checkpoints", keep=config.checkpoint.keep)
+    steps = store.steps()
+    return RunFolder(path=path, store=store, resume_step=steps[-1] if steps else 0)
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as problem:
         raise ConfigError(
             f"run.dir = {path} cannot be written: {problem.strerror}. "
             "Choose another folder with --set run.dir=..."
         ) from None
-    store = CheckpointStore(path / "checkpoints", keep=config.checkpoint.keep)
-    steps = store.steps()
-    return RunFolder(path=path, store=store, resume_step=steps[-1] if steps else 0)

@@ -85,7 +85,7 @@ def run(
     clock = Clock(config.train.max_minutes)
     step, reason = start_step, "finished"
     saved_at = start_step
-    with StopSignal() as stop:
+    with StopSignal(enabled=hooks.agreed_to_stop is None) as stop:
         while step < config.train.steps:
             state, metrics = program(state, next(batches))
             step += 1
@@ -112,7 +112,7 @@ def run(
         train_s=clock.elapsed_s,
         median_step_s=recorder.median_step_s,
         pace=pace,
-        signal=stop.received,
+        signal=(stop.received or "SIGTERM") if reason == "signal" else None,
     )
 
 
@@ -185,7 +185,7 @@ class _Recorder:
             "step_s": step_s,
             "mfu": mfu,
         }
-        self._watch.check(step, loss, grad_norm, self._hooks.last_saved())
+        self._watch.check(step, loss, grad_norm, self._hooks.last_saved)
         figures = evaluate() if evaluate else {}
         if figures:
             self._last_time = time.perf_counter()

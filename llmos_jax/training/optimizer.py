@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import optax
 
 from llmos_jax.config.schema import TrainSection
@@ -28,9 +29,20 @@ def make_optimizer(
     Decay touches matrices only: a norm's scale has nothing to be regularised towards 0.
     """
     decayed = {row.path: "norm" not in row.axes for row in table.rows}
-    return optax.chain(
+    inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+
+    def update(
+        gradients: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        # Optax mixes its int32 step count with floats, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return inner.update(gradients, state, params)
+
+    return optax.GradientTransformation(inner.init, update)

@@ -104,7 +104,8 @@ class Session:
         )
         everything = list(range(workload.global_batch))
         return total_score(
-            fetch(self.scorer(params, self._on_mesh(batch, everything))) for batch in found
+            fetch(self.scorer(params, self._on_mesh(batch, everything)))
+            for batch in found
         )
 
     def _on_mesh(self, local: dict[str, Any], rows: list[int]) -> Batch:
@@ -134,11 +135,10 @@ def open_session(skeleton: Skeleton, plan: Plan, config: RunConfig) -> Session:
         compute_dtype=config.train.compute_dtype,
         remat=plan.remat,
         microbatches=plan.microbatches,
+        unroll=plan.chosen.unrolled,
     )
     size = (plan.workload.global_batch, plan.workload.seq_len)
-    tokens = jax.ShapeDtypeStruct(
-        size, jnp.int32, sharding=batch_sharding(plan, mesh)
-    )
+    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(plan, mesh))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shape)
     whole = replicated(mesh)
     program = lower(

@@ -36,12 +36,18 @@ def init_state(
 
 
 def mean_loss(
-    skeleton: Skeleton, params: Params, batch: Batch, *, compute_dtype: str, remat: str
+    skeleton: Skeleton,
+    params: Params,
+    batch: Batch,
+    *,
+    compute_dtype: str,
+    remat: str,
+    unroll: bool = False,
 ) -> jax.Array:
     """Mean next-token loss of a batch, in nats, with weights cast to compute_dtype."""
     cast = {path: value.astype(compute_dtype) for path, value in params.items()}
     model = skeleton.bind(cast)
-    features_BTD, _ = model.features(batch["inputs"], remat=remat)
+    features_BTD, _ = model.features(batch["inputs"], remat=remat, unroll=unroll)
     return jnp.mean(token_losses(model.logits(features_BTD), batch["targets"]))
 
 
@@ -52,12 +58,18 @@ def train_step(
     compute_dtype: str,
     remat: str,
     microbatches: int,
+    unroll: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Return the function (state, batch) -> (state, metrics)."""
 
     def loss(params: Params, batch: Batch) -> jax.Array:
         return mean_loss(
-            skeleton, params, batch, compute_dtype=compute_dtype, remat=remat
+            skeleton,
+            params,
+            batch,
+            compute_dtype=compute_dtype,
+            remat=remat,
+            unroll=unroll,
         )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -7,6 +7,7 @@ import signal
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 from llmos_jax.errors import TrainingError
@@ -24,46 +25,57 @@ class DivergenceWatch:
         self._ratio = explode_ratio
         self._recent: deque[float] = deque(maxlen=_MEMORY)
 
-    def check(self, step: int, loss: float, grad_norm: float, last_saved: str) -> None:
+    def check(
+        self, step: int, loss: float, grad_norm: float, last_saved: Callable[[], str]
+    ) -> None:
         """Judge one step's figures.
 
         Raises:
-            TrainingError: naming the step, the figure, the last good checkpoint and
-                what usually helps.
+            TrainingError: naming the step, the figure, the last good checkpoint (as
+                `last_saved` says, which is asked only then) and what usually helps.
         """
-        remedy = (
-            f"{last_saved} To go on: lower train.learning_rate or raise "
-            "train.warmup_steps, and run again on the same folder."
-        )
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss became {loss} at step {step}. {remedy}")
-        if not math.isfinite(grad_norm):
+        wrong = self._verdict(loss, grad_norm)
+        if wrong:
             raise TrainingError(
-                f"the gradient norm became {grad_norm} at step {step}. {remedy}"
+                f"at step {step} {wrong}. {last_saved()} To go on: lower "
+                "train.learning_rate or raise train.warmup_steps, and run again on "
+                "the same folder."
             )
-        if len(self._recent) >= _PATIENCE:
-            median = statistics.median(self._recent)
-            if loss > self._ratio * median:
-                raise TrainingError(
-                    f"the loss jumped to {loss:.4g} at step {step}, more than "
-                    f"train.explode_ratio = {self._ratio:g} times its recent median "
-                    f"{median:.4g}. {remedy}"
-                )
         self._recent.append(loss)
+
+    def _verdict(self, loss: float, grad_norm: float) -> str | None:
+        if not math.isfinite(loss):
+            return f"the loss became {loss}"
+        if not math.isfinite(grad_norm):
+            return f"the gradient norm became {grad_norm}"
+        if len(self._recent) < _PATIENCE:
+            return None
+        median = statistics.median(self._recent)
+        if loss <= self._ratio * median:
+            return None
+        return (
+            f"the loss jumped to {loss:.4g}, more than train.explode_ratio = "
+            f"{self._ratio:g} times its recent median {median:.4g}"
+        )
 
 
 class StopSignal:
     """While entered, SIGTERM and SIGINT ask for a stop at the next step boundary.
 
     A second SIGINT interrupts at once, as a person pressing Ctrl-C twice expects.
+
+    NOTE: among several processes (`enabled=False`) it takes no signal. SIGTERM is then
+    JAX's own (its preemption service makes all processes stop at one step), and a
+    handler set here would replace JAX's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, enabled: bool = True) -> None:
         self.received: str | None = None
+        self._numbers = (signal.SIGTERM, signal.SIGINT) if enabled else ()
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self._numbers:
             self._previous[number] = signal.signal(number, self._note)
         return self
 

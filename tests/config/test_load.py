@@ -14,7 +14,9 @@ from llmos_jax.places import data_folder
 
 
 def test_expanded_toml_reads_back_as_the_same_config() -> None:
-    config = load_config("quickstart", ["plan.mesh.fsdp=8", "data.train=a b.txt"]).config
+    config = load_config(
+        "quickstart", ["plan.mesh.fsdp=8", "data.train=a b.txt"]
+    ).config
     assert build(RunConfig, tomllib.loads(to_toml(config)), "again") == config
 
 
@@ -43,7 +45,7 @@ def test_every_config_file_is_a_config(path: Path) -> None:
     ("override", "message"),
     [
         ("train.step=3", "unknown key 'train.step'. Did you mean 'steps'"),
-        ("train.steps=many", "train.steps = \"many\" has the wrong type: Expected int"),
+        ("train.steps=many", 'train.steps = "many" has the wrong type: Expected int'),
         ("train.steps.x=1", "train.steps is a value, not a section"),
         ("train.steps=0", "train.steps is 0; it must be more than 0"),
         ("train.steps", "not of the form key=value"),

@@ -58,9 +58,7 @@ def test_logits_depend_on_no_later_token(tiny: ModelSpec, key: jax.Array) -> Non
 
 
 @pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
-def test_remat_changes_no_gradient(
-    tiny: ModelSpec, key: jax.Array, remat: str
-) -> None:
+def test_remat_changes_no_gradient(tiny: ModelSpec, key: jax.Array, remat: str) -> None:
     found = skeleton(tiny)
     params = found.init(key)
     tokens = jax.random.randint(key, (2, 17), 0, tiny.vocab_size)

@@ -81,6 +81,4 @@ def test_requests_that_cannot_be_met_are_refused(
 ) -> None:
     generator = Generator(*model, compute_dtype="float32")
     with pytest.raises(ConfigError, match=message):
-        generator.complete(
-            np.array(prompt), max_tokens=max_tokens, sampling=Sampling()
-        )
+        generator.complete(np.array(prompt), max_tokens=max_tokens, sampling=Sampling())

@@ -1,5 +1,10 @@
-"""Causal grouped-query attention."""
+"""Causal grouped-query attention, with or without the rotation of its inputs."""
 
-from llmos_jax.kernels.attention.api import IMPLEMENTATIONS, attention
+from llmos_jax.kernels.attention.api import (
+    IMPLEMENTATIONS,
+    attention,
+    rotary_attention,
+)
+from llmos_jax.kernels.attention.reference import rotate
 
-__all__ = ["IMPLEMENTATIONS", "attention"]
+__all__ = ["IMPLEMENTATIONS", "attention", "rotary_attention", "rotate"]

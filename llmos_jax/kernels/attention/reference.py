@@ -29,3 +29,29 @@ def attention(
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
     return out_BTKGH.reshape(B, T, N, H)
+
+
+def rotary_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    position_BT: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+) -> jax.Array:
+    """See `api.rotary_attention`."""
+    q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
+    return attention(q_BTNH, k_BTKH, v_BTKH, position_BT)
+
+
+def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate each pair of dimensions (h, h + H/2) by its angle; computed in float32."""
+    cos_BTNH, sin_BTNH = (part[:, :, None, :] for part in angles)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate(
+        [
+            first * cos_BTNH - second * sin_BTNH,
+            second * cos_BTNH + first * sin_BTNH,
+        ],
+        axis=-1,
+    )
+    return rotated.astype(x_BTNH.dtype)

@@ -1,0 +1,70 @@
+"""Multiply activations by a weight, with the gradient in the order memory likes.
+
+B sequences, T tokens. JAX derives a weight's gradient as the transpose of a product; on
+CPUs XLA then transposes an activation in memory first, which costs as much as the
+product itself (tools/bench/train.py). Written out, every product runs as it lies.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+SAVED = "projection"
+"""Name under which remat policies know the outputs of products with weights."""
+
+
+def project(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:
+    """Contract the last `contract` dimensions of x with the first of w.
+
+    Args:
+        x: [B, T, *inside].
+        w: [*inside, *outside].
+        contract: how many dimensions `inside` has.
+
+    Returns:
+        [B, T, *outside], in the dtype of x.
+    """
+    assert x.shape[2:] == w.shape[:contract], (x.shape, w.shape)
+    return checkpoint_name(_project(x, w, contract), SAVED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project(x: jax.Array, w: jax.Array, contract: int) -> jax.Array:
+    inside = tuple(range(contract))
+    return jax.lax.dot_general(x, w, ((tuple(i + 2 for i in inside), inside), ((), ())))
+
+
+def _forward(
+    x: jax.Array, w: jax.Array, contract: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _project(x, w, contract), (x, w)
+
+
+def _backward(
+    contract: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    outside = tuple(range(2, dy.ndim))
+    in_w = tuple(range(contract, w.ndim))
+    dx = jax.lax.dot_general(dy, w, ((outside, in_w), ((), ())))
+    dw = jax.lax.platform_dependent(x, dy, cpu=_dw_cpu, default=_dw)
+    return dx, dw
+
+
+def _dw(x: jax.Array, dy: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, dy, (((0, 1), (0, 1)), ((), ())))
+
+
+def _dw_cpu(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Keep what makes x out of the transpose: alone, XLA:CPU transposes it in tiles."""
+    B, T = x.shape[:2]
+    x, dy = jax.lax.optimization_barrier((x, dy))
+    inside, outside = x.shape[2:], dy.shape[2:]
+    dw = x.reshape(B * T, -1).T @ dy.reshape(B * T, -1)
+    return dw.reshape(*inside, *outside)
+
+
+_project.defvjp(_forward, _backward)
