@@ -11,6 +11,7 @@ from typing import Any
 
 from llmos_jax import driver
 from llmos_jax.cli import Answer, arguments_of, render, run_verb
+from llmos_jax.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     def answer(arguments: Any) -> Answer:
+        if arguments.overrides:
+            raise ConfigError("doctor reads no config; leave --set out.")
         report = driver.doctor(arguments.model)
         return Answer(text=render.doctor(report), json=report)
 

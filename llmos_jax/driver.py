@@ -8,17 +8,26 @@ imports the floors it needs when it is called, so that `plan` starts without Orb
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmos_jax import hardware, planner, rules
-from llmos_jax.config import RunConfig, load_config, load_model
+from llmos_jax.config import (
+    BatchSection,
+    PlanSection,
+    RunConfig,
+    load_config,
+    load_model,
+    override_config,
+)
 from llmos_jax.errors import ConfigError
 from llmos_jax.ir import ModelSpec, Pins, Plan, Topology, Workload
 from llmos_jax.places import cache_folder
 
 if TYPE_CHECKING:
+    from llmos_jax.checkpoint import OpenedCheckpoint
     from llmos_jax.data import PreparedText
     from llmos_jax.serving import Sampling
     from llmos_jax.training import Outcome, Session
@@ -87,20 +96,25 @@ def train(config: RunConfig) -> dict[str, Any]:
 def generate(
     model: str,
     prompt: str,
+    overrides: Sequence[str] = (),
     *,
     max_tokens: int,
     sampling: Sampling,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Checkpoint + prompt -> its continuation; `on_text` sees it as it grows."""
+    """Checkpoint + prompt -> its continuation; `on_text` sees it as it grows.
+
+    It computes in the run's `train.compute_dtype`, which an override may change.
+    """
     from llmos_jax import checkpoint, data, lowering, serving
 
     lowering.keep_compiled_programs()
     opened = checkpoint.open_checkpoint(model)
+    config = _config_of(opened, model, overrides)
     decoder = data.StreamDecoder(opened.tokenizer)
 
     completion = serving.Generator(
-        opened.skeleton, opened.params(), compute_dtype="float32"
+        opened.skeleton, opened.params(), compute_dtype=config.train.compute_dtype
     ).complete(
         opened.prompt_ids(prompt),
         max_tokens=max_tokens,
@@ -108,6 +122,7 @@ def generate(
         stop_ids=frozenset({opened.tokenizer.eos_id}),
         on_token=lambda token: on_text(decoder.push(token)),
     )
+    on_text(decoder.flush() + "\n")
     return {
         "text": opened.tokenizer.decode(list(completion.token_ids)),
         "token_ids": list(completion.token_ids),
@@ -129,9 +144,7 @@ def evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
     lowering.join_processes()
     lowering.keep_compiled_programs()
     opened = checkpoint.open_checkpoint(model)
-    source = opened.config_path
-    pins = [f"model={model}", *overrides]
-    config = load_config(None if source is None else str(source), pins).config
+    config = _config_of(opened, model, overrides)
     text = data.prepare_scored(
         config.data, opened.tokenizer, cache=cache_folder(), on_progress=log
     )
@@ -223,6 +236,31 @@ def resolve_workload(
         seq_len=batch.seq_len,
         compute_dtype=config.train.compute_dtype,
     ).check()
+
+
+def _config_of(
+    opened: OpenedCheckpoint, model: str, overrides: Sequence[str]
+) -> RunConfig:
+    """The config of a checkpoint's run, freed of what only training needs.
+
+    The devices here may be others than the run had, so its batch, mesh and topology go;
+    overrides may set them again. A checkpoint away from its run has the defaults.
+    """
+    from llmos_jax import lowering
+
+    source = None if opened.config_path is None else str(opened.config_path)
+    pins = [f"model={model}"]
+    kept = load_config(source, pins).config
+    spec, devices = opened.skeleton.spec, lowering.local_topology().num_devices
+    freed = replace(
+        kept,
+        topology=None,
+        plan=PlanSection(),
+        batch=BatchSection(
+            seq_len=min(kept.batch.seq_len, spec.max_seq_len), global_=8 * devices
+        ),
+    )
+    return override_config(freed, overrides)
 
 
 def _samples(

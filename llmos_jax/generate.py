@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmos_jax import driver
-from llmos_jax.cli import Answer, add_model, arguments_of, run_verb
+from llmos_jax.cli import (
+    Answer,
+    add_model,
+    arguments_of,
+    run_verb,
+    silence,
+    speak,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,9 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def answer(arguments: Any) -> Answer:
         from llmos_jax.serving import Sampling
 
+        hear = silence if arguments.json else speak
+        hear(arguments.prompt)
         report = driver.generate(
             arguments.model,
             arguments.prompt,
+            arguments.overrides,
             max_tokens=arguments.max_tokens,
             sampling=Sampling(
                 temperature=arguments.temperature,
@@ -36,10 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 top_p=arguments.top_p,
                 seed=arguments.seed,
             ),
+            on_text=hear,
         )
-        return Answer(text=arguments.prompt + report["text"], json=report)
+        return Answer(text="", json=report)
 
-    return run_verb(parser, argv, answer)
+    return run_verb(parser, argv, answer, speaks=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,15 @@
 
 from llmos_jax.cli import render
 from llmos_jax.cli.arguments import add_config, add_model, arguments_of
-from llmos_jax.cli.door import Answer, run_verb
+from llmos_jax.cli.door import Answer, run_verb, silence, speak
 
-__all__ = ["Answer", "add_config", "add_model", "arguments_of", "render", "run_verb"]
+__all__ = [
+    "Answer",
+    "add_config",
+    "add_model",
+    "arguments_of",
+    "render",
+    "run_verb",
+    "silence",
+    "speak",
+]

@@ -28,18 +28,21 @@ def run_verb(
     parser: Arguments,
     argv: Sequence[str] | None,
     answer: Callable[[Any], Answer],
+    *,
+    speaks: bool = False,
 ) -> int:
     """Run one verb and return its exit code.
 
     stdout gets the answer alone: one JSON object with `--json`, else its text. Whatever
     libraries print meanwhile goes to stderr. Errors of the LlmosError tree, full disks
     and refused files become one `error:` line; anything else is a bug and keeps its
-    traceback.
+    traceback. A verb that `speaks` writes its text itself, as it grows.
     """
     wants_json = "--json" in (sys.argv[1:] if argv is None else argv)
+    live = speaks and not wants_json
     try:
         arguments = parse(parser, argv)
-        with _stdout_to_stderr():
+        with contextlib.nullcontext() if live else _stdout_to_stderr():
             result = answer(arguments)
     except LlmosError as problem:
         return _fail(str(problem), problem.exit_code, wants_json)
@@ -65,6 +68,15 @@ def _stdout_to_stderr() -> Iterator[None]:
         ctypes.CDLL(None).fflush(None)  # what C++ buffered belongs to stderr too
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def speak(text: str) -> None:
+    """Write a piece of a growing answer to stdout at once."""
+    print(text, end="", flush=True)
+
+
+def silence(text: str) -> None:
+    """Write nothing: the answer comes whole, as JSON."""
 
 
 def _say(text: str) -> int:

@@ -1,15 +1,29 @@
 """Read, check and expand configs: TOML and `--set` in, typed frozen sections out."""
 
 from llmos_jax.config.build import to_toml
-from llmos_jax.config.load import Loaded, load_config, load_model, model_names
-from llmos_jax.config.schema import DataSection, RunConfig
+from llmos_jax.config.load import (
+    Loaded,
+    load_config,
+    load_model,
+    model_names,
+    override_config,
+)
+from llmos_jax.config.schema import (
+    BatchSection,
+    DataSection,
+    PlanSection,
+    RunConfig,
+)
 
 __all__ = [
+    "BatchSection",
     "DataSection",
     "Loaded",
+    "PlanSection",
     "RunConfig",
     "load_config",
     "load_model",
     "model_names",
+    "override_config",
     "to_toml",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmos_jax.config.build import build
+from llmos_jax.config.build import build, to_table
 from llmos_jax.config.override import apply_overrides
 from llmos_jax.config.schema import RunConfig
 from llmos_jax.errors import ConfigError, did_you_mean
@@ -51,6 +51,18 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Loaded:
         table = apply_overrides(table, [f"run.dir={folder}"], RunConfig)
         config = build(RunConfig, table, source)
     return Loaded(config=_check(config, source), source=source)
+
+
+def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Lay `key=value` overrides over a config that is already there.
+
+    `batch.global` and `batch.per_device` replace one another.
+    """
+    table = to_table(config)
+    if any(text.startswith("batch.per_device") for text in overrides):
+        table["batch"].pop("global", None)
+    table = apply_overrides(table, overrides, RunConfig)
+    return _check(build(RunConfig, table, "--set"), "--set")
 
 
 def load_model(name: str) -> ModelSpec:

@@ -197,7 +197,6 @@ class Plan(Artefact):
             },
             "remat": self.remat,
             "offload": list(self.offload),
-            "scan": not self.chosen.unrolled,
             "predicted": {
                 "step_s": estimate.step_s,
                 "peak_hbm_bytes": estimate.peak_hbm_bytes,
