@@ -275,6 +275,11 @@ def _samples(
         session.skeleton, outcome.state.params, compute_dtype="float32"
     )
     wanted = session.config.generate
+    sampling = serving.Sampling(
+        temperature=wanted.temperature,
+        top_k=wanted.top_k,
+        seed=session.config.run.seed,
+    ).check()
     return [
         (
             prompt,
@@ -282,7 +287,7 @@ def _samples(
                 speaker.complete(
                     text.tokenizer.encode(prompt),
                     max_tokens=wanted.max_tokens,
-                    sampling=serving.Sampling(),
+                    sampling=sampling,
                     stop_ids=frozenset({text.tokenizer.eos_id}),
                 ).token_ids
             ),

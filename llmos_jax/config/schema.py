@@ -97,6 +97,9 @@ class GenerateSection:
 
     prompts: tuple[str, ...] = ()
     max_tokens: int = 48
+    temperature: float = 0.0
+    top_k: int = 0
+    """Sampled with `run.seed`; temperature 0 is greedy, top_k 0 keeps every token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
