@@ -26,7 +26,8 @@ from llmos_jax.units import format_bytes
 
 # Every failure of a save is raised by `wait`, `save` or `close` and explained there;
 # what its threads log besides (a traceback each) would bury that one line.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+for _library in ("absl", "asyncio"):
+    logging.getLogger(_library).setLevel(logging.CRITICAL)
 
 
 class CheckpointStore:

@@ -44,7 +44,7 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Loaded:
     else:
         path = _find(name, "", "config")
         table, source, stem = _read(path), str(path), path.stem
-    table = apply_overrides(table, overrides, RunConfig)
+    table = _lay_over(table, overrides)
     config = build(RunConfig, table, source)
     folder = config.run.dir.replace("{name}", stem)
     if folder != config.run.dir:
@@ -54,14 +54,8 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """Lay `key=value` overrides over a config that is already there.
-
-    `batch.global` and `batch.per_device` replace one another.
-    """
-    table = to_table(config)
-    if any(text.startswith("batch.per_device") for text in overrides):
-        table["batch"].pop("global", None)
-    table = apply_overrides(table, overrides, RunConfig)
+    """Lay `key=value` overrides over a config that is already there."""
+    table = _lay_over(to_table(config), overrides)
     return _check(build(RunConfig, table, "--set"), "--set")
 
 
@@ -75,6 +69,16 @@ def load_model(name: str) -> ModelSpec:
 def model_names() -> list[str]:
     """Names under configs/models/."""
     return sorted(path.stem for path in (data_folder("configs") / "models").glob("*"))
+
+
+def _lay_over(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply overrides; `batch.global` and `batch.per_device` replace one another."""
+    batch = dict(table.get("batch", {}))
+    for key, other in (("global", "per_device"), ("per_device", "global")):
+        if any(text.split("=")[0].strip() == f"batch.{key}" for text in overrides):
+            batch.pop(other, None)
+    kept = {**table, "batch": batch} if "batch" in table else table
+    return apply_overrides(kept, overrides, RunConfig)
 
 
 def _find(name: str, folder: str, kind: str) -> Path:

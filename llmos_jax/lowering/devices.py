@@ -62,12 +62,11 @@ def local_topology() -> Topology:
             f"JAX found no device: {_first_line(problem)}. "
             "JAX_PLATFORMS=cpu runs on this machine's CPU."
         ) from None
-    slices = {getattr(device, "slice_index", 0) for device in devices}
     return topology_of_devices(
         devices[0].platform,
         devices[0].device_kind,
         len(devices),
-        slices=len(slices),
+        slices=_slices(devices),
         memory_bytes=_memory_bytes(devices[0]),
     )
 
@@ -100,6 +99,18 @@ def keep_compiled_programs() -> Path:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     return folder
+
+
+_GPUS_A_HOST = 8
+"""GPUs that NVLink joins in one host (hardware/chips.py: the 8-GPU boards)."""
+
+
+def _slices(devices: list[jax.Device]) -> int:
+    """Groups of devices that only DCN joins: TPU slices, or hosts of GPUs."""
+    if devices[0].platform == "tpu":
+        return len({getattr(device, "slice_index", 0) for device in devices})
+    is_one_host = devices[0].platform == "cpu" or len(devices) <= _GPUS_A_HOST
+    return 1 if is_one_host else -(-len(devices) // _GPUS_A_HOST)
 
 
 def _many_processes() -> bool:

@@ -51,13 +51,22 @@ def test_every_config_file_is_a_config(path: Path) -> None:
         ("train.steps", "not of the form key=value"),
         ("train.compute_dtype=float16", "is not one of float32, bfloat16"),
         ("plan.mesh.fsdp=wide", "plan.mesh"),
-        ("batch.per_device=2", "batch.global = 8 and batch.per_device = 2"),
         ("data.validation_share=1.5", "must lie between 0 and 1"),
     ],
 )
 def test_bad_override_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=_literally(message)):
         load_config("quickstart", [override])
+
+
+def test_a_batch_said_in_two_ways_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch.global = 8 and batch.per_device = 2"):
+        load_config("quickstart", ["batch.global=8", "batch.per_device=2"])
+
+
+def test_one_way_to_say_the_batch_replaces_the_other() -> None:
+    batch = load_config("quickstart", ["batch.global=8"]).config.batch
+    assert (batch.global_, batch.per_device) == (8, None)
 
 
 @pytest.mark.parametrize(
