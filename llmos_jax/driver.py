@@ -67,6 +67,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     chosen = plan(config)
     say(chosen.explain())
     folder = training.open_folder(config)
+    folder.check_model(skeleton.spec)
     finished = folder.finished_report(config.train.steps)
     if finished is not None:
         say(f"{folder.path} is finished: {folder.resume_step} steps, nothing to do.")

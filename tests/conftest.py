@@ -28,7 +28,7 @@ FLOAT32_RELATIVE = 1e-5
 @pytest.fixture(scope="session", autouse=True)
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache for this worker's tests, away from the user's own."""
-    folder = Path(os.environ.get("LLMOS_TEST_CACHE", tmp_path_factory.mktemp("cache")))
+    folder = tmp_path_factory.mktemp("cache")
     os.environ["LLMOS_CACHE"] = str(folder)
     return folder
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmos_jax.checkpoint import CheckpointStore
+from llmos_jax.checkpoint import CheckpointStore, check_same_model
 from llmos_jax.config import RunConfig, to_toml
 from llmos_jax.errors import ConfigError
+from llmos_jax.ir import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,16 @@ class RunFolder:
         with _writable(self.path):
             (self.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
             (self.path / "plan.json").write_text(json.dumps(document, indent=1) + "\n")
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Refuse, before anything is written, to go on from another model's run.
+
+        Raises:
+            PlanMismatch: naming the fields that differ.
+        """
+        if self.resume_step:
+            manifest = self.store.manifest(self.resume_step)
+            check_same_model(manifest, spec, str(self.store.folder))
 
     def last_saved(self) -> str:
         """A sentence that names the last good checkpoint, once it is whole on disk."""

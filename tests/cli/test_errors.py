@@ -113,8 +113,10 @@ def test_train_refuses_a_checkpoint_of_another_model(
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
     other = tmp_path / "other.toml"
     other.write_text(small.MODEL.replace("ffn_dim = 128", "ffn_dim = 64"))
+    before = (tmp_path / "run" / "config.toml").read_bytes()
     found, message, _ = run(capsys, "train", *small.flags([*texts, f"model={other}"]))
     assert found == 1 and "ffn_dim 128 against 64" in message
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
 
 
 def test_train_refuses_a_cache_that_cannot_be_written(texts, capsys, monkeypatch):
