@@ -1,8 +1,8 @@
 """Multiply activations by a weight, with the gradient in the order memory likes.
 
 B sequences, T tokens. JAX derives a weight's gradient as the transpose of a product; on
-CPUs XLA then transposes an activation in memory first, which costs as much as the
-product itself (tools/bench/train.py). Written out, every product runs as it lies.
+CPUs XLA then transposes an activation element by element first, fused with what makes
+it. Written out, every product runs as it lies, or on a copy made in tiles.
 """
 
 from __future__ import annotations
