@@ -7,6 +7,7 @@ LlmosError                     exit 1
 ├── PlanError                  exit 3  a question that cannot be planned
 │   └── NoFeasiblePlan         exit 3  every candidate was rejected, with reasons
 ├── LowerError                 exit 1  the compiler, or the devices, said no
+│   └── DoesNotFit             exit 1  it needs more memory than a device has
 ├── CheckpointError            exit 1  a checkpoint missing, damaged or foreign
 │   └── PlanMismatch           exit 1  a checkpoint of another model
 └── TrainingError              exit 1  the run itself: NaN loss, no disk space
@@ -60,6 +61,20 @@ class NoFeasiblePlan(PlanError):
 
 class LowerError(LlmosError):
     """A plan could not be turned into a program on these devices."""
+
+
+class DoesNotFit(LowerError):
+    """The compiler needs more memory than a device has; both figures in bytes."""
+
+    def __init__(self, machine: str, needed_bytes: float, limit_bytes: float):
+        gib = 2.0**30
+        super().__init__(
+            f"the compiler needs {needed_bytes / gib:.2f} GiB per device on {machine}, "
+            f"and {limit_bytes / gib:.2f} GiB are there. Plan for less memory: a "
+            "smaller batch.per_device, plan.remat=full, or more devices."
+        )
+        self.needed_bytes = needed_bytes
+        self.limit_bytes = limit_bytes
 
 
 class CheckpointError(LlmosError):

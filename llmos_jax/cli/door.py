@@ -22,6 +22,8 @@ class Answer:
 
     text: str
     json: dict[str, Any]
+    failure: str = ""
+    """Why the answer is a refusal: an `error:` line after it, and exit code 1."""
 
 
 def run_verb(
@@ -52,7 +54,11 @@ def run_verb(
         return _fail(_os_text(problem), 1, wants_json)
     except KeyboardInterrupt:
         return _fail("interrupted.", 130, wants_json)
-    return _say(json.dumps(result.json) if wants_json else result.text)
+    if not result.failure:
+        return _say(json.dumps(result.json) if wants_json else result.text)
+    refusal = {**result.json, "error": result.failure}
+    _say(json.dumps(refusal) if wants_json else result.text)
+    return _fail(result.failure, 1, wants_json=False)
 
 
 @contextlib.contextmanager

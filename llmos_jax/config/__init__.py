@@ -5,6 +5,7 @@ from llmos_jax.config.load import (
     Loaded,
     load_config,
     load_model,
+    load_prices,
     model_names,
     override_config,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "RunConfig",
     "load_config",
     "load_model",
+    "load_prices",
     "model_names",
     "override_config",
     "to_toml",

@@ -6,6 +6,7 @@ the checkout, then in the package; anything with a slash or `.toml` is a path.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from llmos_jax.config.build import build, to_table
 from llmos_jax.config.override import apply_overrides
 from llmos_jax.config.schema import RunConfig
 from llmos_jax.errors import ConfigError, did_you_mean
-from llmos_jax.ir import ModelSpec
+from llmos_jax.ir import ModelSpec, Prices
 from llmos_jax.places import data_folder
+
+_NO_RUNS = ("models", "calibration", "prices")
+"""What lies under configs/ and is no run's config."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,24 @@ def load_model(name: str) -> ModelSpec:
     return build(ModelSpec, table, str(path)).check()
 
 
+def load_prices(name: str | None = None) -> Prices:
+    """Read a price list: a path, or configs/prices.toml.
+
+    Raises:
+        ConfigError: a missing file, an unknown key, a price that is not above zero.
+    """
+    path = _find(name or "prices", "", "price list")
+    table = {"source": str(path), **_read(path)}
+    prices = build(Prices, table, str(path))
+    for chip, usd in prices.usd_per_chip_hour.items():
+        if not 0 < usd < math.inf:
+            raise ConfigError(
+                f"{path}: usd_per_chip_hour.{chip} is {usd}; it must be more than 0. "
+                "A chip without a price is left out."
+            )
+    return prices
+
+
 def model_names() -> list[str]:
     """Names under configs/models/."""
     return sorted(path.stem for path in (data_folder("configs") / "models").glob("*"))
@@ -95,7 +117,7 @@ def _find(name: str, folder: str, kind: str) -> Path:
         raise ConfigError(f"{kind} file {name} does not exist.{hint}")
     known = [found.relative_to(root).with_suffix("") for found in root.rglob("*.toml")]
     if not folder:
-        known = [item for item in known if item.parts[0] != "models"]
+        known = [item for item in known if item.parts[0] not in _NO_RUNS]
     raise ConfigError(
         f"no {kind} is named {name!r}.{did_you_mean(name, map(str, known))}"
     )

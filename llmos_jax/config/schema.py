@@ -37,9 +37,30 @@ class BatchSection:
 class PlanSection:
     """Pins: decisions made by hand; the planner makes the rest."""
 
+    phase: Literal["train", "prefill", "decode"] = "train"
+    """What is planned; `train` runs only the first."""
     mesh: dict[str, int] = field(default_factory=dict)
     remat: str | None = None
+    """none, dots, attention, full; or the names of the tensors to save."""
     microbatches: int | None = None
+    offload: tuple[str, ...] | None = None
+    """Saved tensors that wait in host memory."""
+    loss_tiles: int | None = None
+    state_dtype: Dtype | None = None
+    """Of the optimizer's moments; float32 unless pinned."""
+    gradient_dtype: Dtype | None = None
+    """Of gradients summed over microbatches; float32 unless pinned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSection:
+    """What a prefill or decode step is planned for: batch.global sequences, each with
+    batch.seq_len tokens of context."""
+
+    weight_dtype: Literal["bfloat16", "int8", "float8"] = "bfloat16"
+    kv_dtype: Literal["bfloat16", "int8", "float8"] = "bfloat16"
+    max_step_ms: float | None = None
+    """Latency goal of one step; slower plans are turned down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +79,12 @@ class TrainSection:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    router_balance_weight: float = 0.01
+    """Of the load-balancing loss of each layer of experts (Switch Transformer, arXiv
+    2101.03961, section 2.2)."""
+    router_z_weight: float = 0.001
+    """Of the mean squared log-sum-exp of each router's logits (ST-MoE, arXiv
+    2202.08906, section 3)."""
     explode_ratio: float = 3.0
     """Stop when the loss exceeds this many times its running median."""
     eval_every: int = 0
@@ -117,3 +144,4 @@ class RunConfig(Artefact):
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     data: DataSection = field(default_factory=DataSection)
     generate: GenerateSection = field(default_factory=GenerateSection)
+    serve: ServeSection = field(default_factory=ServeSection)

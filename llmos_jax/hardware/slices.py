@@ -17,6 +17,7 @@ import itertools
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -136,6 +137,72 @@ def topology_of_devices(
         return topology
     hbm = memory_bytes * found.devices_per_chip
     return replace(topology, chip=replace(topology.chip, hbm_bytes=hbm))
+
+
+def legal_topologies(
+    name: str, max_chips: int, max_slices: int = 1
+) -> Iterator[Topology]:
+    """Every machine of one chip with at most `max_chips`, fewest chips first.
+
+    Of what comes in any number (GPUs, simulated devices) only the powers of two;
+    several GPU hosts are whole hosts.
+
+    Raises:
+        ConfigError: an unknown chip.
+    """
+    found = chip(name)
+    shapes = _legal_shapes(found.name)
+    if found.torus_dims == 0:
+        shapes = frozenset(s for s in shapes if math.prod(s).bit_count() == 1)
+    most = _LIMITS[found.name].max_chips
+    machines = [
+        (slices * math.prod(shape), slices, shape)
+        for shape in shapes
+        for slices in range(1, max_slices + 1)
+        if slices == 1 or found.vendor == "tpu" or math.prod(shape) == most
+    ]
+    for chips, slices, shape in sorted(machines, key=lambda m: (m[0], m[1], sum(m[2]))):
+        if chips <= max_chips:
+            yield _topology(found, shape, slices)
+
+
+def next_slices(topology: Topology) -> tuple[Topology | None, Topology | None]:
+    """The next smaller and the next larger machine of this kind, each most square.
+
+    A slice whose chips divide these, or are divided by them, comes before one that is
+    nearer: what is planned here divides there. A machine of several slices keeps their
+    number while their size can change; the smallest slice is followed by half as many,
+    the largest by twice as many.
+    """
+    shapes = {shape for shape in _legal_shapes(topology.chip.name)}
+    if topology.chip.torus_dims == 0:
+        shapes = {s for s in shapes if math.prod(s).bit_count() == 1}
+    here = math.prod(topology.shape)
+    below = [shape for shape in shapes if math.prod(shape) < here]
+    above = [shape for shape in shapes if math.prod(shape) > here]
+    several, slices = topology.slices > 1, topology.slices
+    if topology.chip.vendor == "gpu" and several:
+        below, above = [], []
+    even_below = [shape for shape in below if here % math.prod(shape) == 0]
+    even_above = [shape for shape in above if math.prod(shape) % here == 0]
+    smaller = _largest(even_below or below) if below else topology.shape
+    larger = _smallest(even_above or above) if above else topology.shape
+    fewer = slices if below else slices // 2
+    more = slices if above else slices * 2
+    return (
+        _topology(topology.chip, smaller, fewer) if fewer else None,
+        _topology(topology.chip, larger, more),
+    )
+
+
+def _largest(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    most = max(map(math.prod, shapes))
+    return _most_square([shape for shape in shapes if math.prod(shape) == most])
+
+
+def _smallest(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    least = min(map(math.prod, shapes))
+    return _most_square([shape for shape in shapes if math.prod(shape) == least])
 
 
 def _split_slices(text: str) -> tuple[int, str]:

@@ -5,9 +5,24 @@ then the Plan that joins them.
 """
 
 from llmos_jax.ir.artefact import Artefact, fingerprint_of
+from llmos_jax.ir.facts import SECTIONS, Facts, axes_text, facts_of, facts_of_summary
+from llmos_jax.ir.front import Front, Prices, Slice
+from llmos_jax.ir.lock import PlanLock, fidelity_of, lock_of
 from llmos_jax.ir.model import ModelSpec, RopeScaling
+from llmos_jax.ir.neighbour import Neighbour
 from llmos_jax.ir.params import ParamRow, ParamTable
-from llmos_jax.ir.plan import Candidate, Estimate, MeshShape, Pins, Plan, Rejected
+from llmos_jax.ir.plan import (
+    REMATS,
+    TENSORS,
+    Candidate,
+    Estimate,
+    MeshShape,
+    Pins,
+    Plan,
+    Rejected,
+    Way,
+    saved_tensors,
+)
 from llmos_jax.ir.report import ReportRow
 from llmos_jax.ir.rules import MESH_AXES, Rules, Spec
 from llmos_jax.ir.topology import Chip, Topology
@@ -15,23 +30,39 @@ from llmos_jax.ir.workload import Phase, Workload
 
 __all__ = [
     "MESH_AXES",
+    "REMATS",
+    "SECTIONS",
+    "TENSORS",
     "Artefact",
     "Candidate",
     "Chip",
     "Estimate",
+    "Facts",
+    "Front",
     "MeshShape",
     "ModelSpec",
+    "Neighbour",
     "ParamRow",
     "ParamTable",
     "Phase",
     "Pins",
     "Plan",
+    "PlanLock",
+    "Prices",
     "Rejected",
     "ReportRow",
     "RopeScaling",
     "Rules",
+    "Slice",
     "Spec",
     "Topology",
+    "Way",
     "Workload",
+    "axes_text",
+    "facts_of",
+    "facts_of_summary",
+    "fidelity_of",
     "fingerprint_of",
+    "lock_of",
+    "saved_tensors",
 ]

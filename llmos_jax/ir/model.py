@@ -25,7 +25,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec(Artefact):
-    """One decoder-only transformer: RMSNorm, RoPE, grouped queries, SwiGLU."""
+    """One decoder-only transformer: RMSNorm, RoPE, grouped queries, SwiGLU.
+
+    With experts, `ffn_dim` is the width of each expert.
+    """
 
     name: str
     family: str
@@ -41,6 +44,13 @@ class ModelSpec(Artefact):
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each head of q and k before rotation (Qwen3)."""
+    num_experts: int = 0
+    """Feed-forward blocks a router chooses from; 0: one dense block."""
+    experts_per_token: int = 0
+    norm_topk_prob: bool = True
+    """Whether the chosen experts' weights are made to sum to 1."""
     source: str = ""
 
     def check(self) -> ModelSpec:
@@ -60,6 +70,16 @@ class ModelSpec(Artefact):
                 f"of num_kv_heads = {self.num_kv_heads}; each KV head serves a whole "
                 "number of query heads."
             )
+        if not 0 <= self.experts_per_token <= self.num_experts:
+            raise ConfigError(
+                f"model {self.name}: experts_per_token = {self.experts_per_token} of "
+                f"num_experts = {self.num_experts}; a token takes at most all of them."
+            )
+        if self.num_experts and not self.experts_per_token:
+            raise ConfigError(
+                f"model {self.name}: {self.num_experts} experts and "
+                "experts_per_token = 0; a token needs at least one."
+            )
         if self.head_dim % 2:
             raise ConfigError(
                 f"model {self.name}: head_dim = {self.head_dim} is odd; "
@@ -72,6 +92,8 @@ class ModelSpec(Artefact):
         """Parameters in closed form: embeddings, attention, SwiGLU and norms."""
         D, F, H = self.embed_dim, self.ffn_dim, self.head_dim
         attention = D * H * (2 * self.num_heads + 2 * self.num_kv_heads)
-        layer = attention + 3 * D * F + 2 * D
+        attention += 2 * H * self.qk_norm
+        ffn = 3 * D * F * max(1, self.num_experts) + D * self.num_experts
+        layer = attention + ffn + 2 * D
         tables = 1 if self.tied_embeddings else 2
         return self.num_layers * layer + tables * self.vocab_size * D + D

@@ -43,6 +43,19 @@ class ParamTable(Artefact):
         """Parameters of the whole model."""
         return sum(row.size for row in self.rows)
 
+    @property
+    def active_params(self) -> int:
+        """Parameters that one token passes through: all, but for unchosen experts."""
+        spec = self.spec
+        if spec is None or not spec.num_experts:
+            return self.num_params
+        experts = sum(row.size for row in self.rows if "experts" in row.axes)
+        return (
+            self.num_params
+            - experts
+            + (experts * spec.experts_per_token // spec.num_experts)
+        )
+
     def row(self, path: str) -> ParamRow:
         """Return the row of `path`, or raise ConfigError with the nearest name."""
         for row in self.rows:

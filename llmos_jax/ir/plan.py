@@ -7,8 +7,10 @@ fixed. `explain` lives in the planner, which knows why; the Plan itself is plain
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import msgspec
 
 from llmos_jax.errors import ConfigError, did_you_mean
 from llmos_jax.ir.artefact import Artefact, fingerprint_of
@@ -44,6 +46,88 @@ class MeshShape:
         return " ".join(used) or "one device"
 
 
+TENSORS = (
+    "layer_input",
+    "query",
+    "key",
+    "value",
+    "context",
+    "out",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_out",
+)
+"""Tensors of a layer that a backward pass may find saved, in the order they are made.
+`query`, `key`, `value`, `out`, `ffn_gate`, `ffn_up`, `ffn_out` are what products with
+weights give; `context` is what attention gives, with its log-sums."""
+
+REMATS: dict[str, frozenset[str]] = {
+    "none": frozenset(TENSORS),
+    "dots": frozenset(TENSORS) - {"context"},
+    "attention": frozenset({"layer_input", "query", "key", "value", "context"}),
+    "full": frozenset({"layer_input"}),
+}
+"""Named policies and what they save; `none` also saves what lies between."""
+
+
+def saved_tensors(remat: str) -> frozenset[str]:
+    """Return the tensors a policy saves: a name in REMATS, or a list with commas.
+
+    Raises:
+        ConfigError: a policy or a tensor that is not known.
+    """
+    if remat in REMATS:
+        return REMATS[remat]
+    names = [name.strip() for name in remat.split(",") if name.strip()]
+    for name in names:
+        if name not in TENSORS:
+            raise ConfigError(
+                f"plan.remat: {name!r} is no policy and no tensor of a layer."
+                f"{did_you_mean(name, [*REMATS, *TENSORS])}"
+            )
+    return frozenset(names) | {"layer_input"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to run the step: everything the planner decides beside the specs.
+
+    The defaults are the plainest way, on one device. What changes the numbers that a
+    run computes (`state_dtype`, `gradient_dtype`) leaves float32 only when pinned.
+    """
+
+    mesh: MeshShape = MeshShape()
+    microbatches: int = 1
+    """Parts the global batch is cut into, one after another."""
+    remat: str = "none"
+    """What a backward pass finds saved: a name in REMATS, or tensors' names joined by
+    commas."""
+    offload: tuple[str, ...] = ()
+    """Saved tensors, by name, that wait for the backward pass in host memory."""
+    loss_tiles: int = 1
+    """Parts that logits are made in, so that they are never whole."""
+    loss_over: str = "tokens"
+    """What the parts cut: `tokens`, with the head's gradient whole meanwhile; or
+    `vocab`, with neither the head nor its gradient ever whole, and logits made
+    twice."""
+    state_dtype: str = "float32"
+    """Of the optimizer's moments."""
+    gradient_dtype: str = "float32"
+    """Of gradients while they are summed over microbatches."""
+    unrolled: bool = False
+    """Whether the layers are written out instead of scanned."""
+
+    def __str__(self) -> str:
+        said = [str(self.mesh), f"remat={self.remat}"]
+        if self.offload:
+            said.append(f"offload={'+'.join(self.offload)}")
+        said.append(f"microbatches={self.microbatches}")
+        for name in ("state_dtype", "gradient_dtype"):
+            if getattr(self, name) != "float32":
+                said.append(f"{name}={getattr(self, name)}")
+        return ", ".join(said)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """What one candidate is predicted to cost, per JAX device and per step."""
@@ -55,21 +139,39 @@ class Estimate:
     tokens_per_s: float
     bound_by: str
     seconds: dict[str, float]
-    """Seconds each resource is busy: compute, hbm, ici, dcn."""
+    """Seconds each resource is busy: compute, hbm, ici, dcn, host."""
     memory: dict[str, float]
     """Bytes of each layer of the memory stack: params, optimizer, gradients, ..."""
+    error: float | None = None
+    """Relative error of `step_s` that nine of ten comparable published rows stay
+    within; None outside the domain."""
+    domain: str = ""
+    """What supports the time: rows it was fitted to, or why nothing does."""
+    placement: dict[str, str] = field(default_factory=dict)
+    """Mesh axis -> the physical links that carry it, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One way to run the step, costed."""
 
-    mesh: MeshShape
-    microbatches: int
-    remat: str
+    way: Way
     predicted: Estimate
-    unrolled: bool = False
-    """Whether the layers are written out instead of scanned."""
+
+    @property
+    def mesh(self) -> MeshShape:
+        """The mesh of the way."""
+        return self.way.mesh
+
+    @property
+    def microbatches(self) -> int:
+        """The microbatches of the way."""
+        return self.way.microbatches
+
+    @property
+    def remat(self) -> str:
+        """The rematerialisation policy of the way."""
+        return self.way.remat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +189,10 @@ class Pins:
     mesh: dict[str, int] | None = None
     remat: str | None = None
     microbatches: int | None = None
+    offload: tuple[str, ...] | None = None
+    loss_tiles: int | None = None
+    state_dtype: str | None = None
+    gradient_dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,16 +207,27 @@ class Plan(Artefact):
     specs: dict[str, Spec]
     """Parameter path -> how it is split."""
     runner_up: Candidate | None = None
+    others: tuple[Candidate, ...] = ()
+    """The fastest way of each mesh, remat and offload that fits, fastest first."""
     rejected: tuple[Rejected, ...] = ()
     candidates: int = 1
     search_s: float = 0.0
     compiled: dict[str, Any] | None = None
-    offload: tuple[str, ...] = ()
 
     @property
     def mesh(self) -> MeshShape:
         """The chosen mesh."""
         return self.chosen.mesh
+
+    @property
+    def way(self) -> Way:
+        """The chosen way to run the step."""
+        return self.chosen.way
+
+    @property
+    def offload(self) -> tuple[str, ...]:
+        """Saved tensors that wait in host memory."""
+        return self.chosen.way.offload
 
     @property
     def predicted(self) -> Estimate:
@@ -148,11 +265,7 @@ class Plan(Artefact):
                 "topology": self.topology.name,
                 "workload": self.workload.to_json(),
                 "rules": self.rules.fingerprint,
-                "mesh": self.mesh.sizes,
-                "microbatches": self.microbatches,
-                "remat": self.remat,
-                "unrolled": self.chosen.unrolled,
-                "offload": list(self.offload),
+                "way": msgspec.to_builtins(self.way),
                 "specs": {path: list(spec) for path, spec in self.specs.items()},
             }
         )
@@ -179,7 +292,7 @@ class Plan(Artefact):
             "model": {
                 "name": self.params.name,
                 "params": self.params.num_params,
-                "active_params": self.params.num_params,
+                "active_params": self.params.active_params,
             },
             "topology": {
                 "name": self.topology.name,
@@ -206,6 +319,16 @@ class Plan(Artefact):
                 "bound_by": estimate.bound_by,
                 "seconds": estimate.seconds,
                 "memory": estimate.memory,
+                "error": estimate.error,
+                "domain": estimate.domain,
+                "placement": estimate.placement,
+            },
+            "way": {
+                "loss_tiles": self.way.loss_tiles,
+                "loss_over": self.way.loss_over,
+                "state_dtype": self.way.state_dtype,
+                "gradient_dtype": self.way.gradient_dtype,
+                "unrolled": self.way.unrolled,
             },
             "compiled": self.compiled,
             "runner_up": _candidate_json(self.runner_up),
@@ -225,6 +348,7 @@ def _candidate_json(candidate: Candidate | None) -> dict[str, Any] | None:
         "mesh": candidate.mesh.sizes,
         "microbatches": candidate.microbatches,
         "remat": candidate.remat,
+        "offload": list(candidate.way.offload),
         "step_s": candidate.predicted.step_s,
         "peak_hbm_bytes": candidate.predicted.peak_hbm_bytes,
         "mfu": candidate.predicted.mfu,

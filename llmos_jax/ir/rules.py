@@ -29,6 +29,9 @@ class Rules(Artefact):
     activations: dict[str, tuple[str, ...]]
     uneven: Literal["error", "replicate"] = "error"
     """What to do with a dimension the chosen axes do not divide."""
+    repeat: tuple[str, ...] = ()
+    """Logical axes of which several devices may hold the same part, where their mesh
+    axes have more devices than they have parts: 8 heads over tensor=16."""
     source: str = ""
 
     @property

@@ -37,6 +37,16 @@ class Chip:
     hbm_efficiency: float
     link_efficiency: float
     source: str
+    matmul_tile: int = 128
+    """Side of the matrix unit: attention over narrower heads leaves a part idle."""
+    host_bytes_per_s: float = 1.5e10
+    """Per chip, to host memory and back."""
+    is_measured: bool = False
+    """Whether the efficiencies were measured on the machine that is planned for."""
+
+    def __hash__(self) -> int:
+        """Lets what was derived from a chip be remembered; equality sees all fields."""
+        return hash(self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

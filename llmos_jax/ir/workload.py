@@ -24,8 +24,12 @@ class Workload(Artefact):
     seq_len: int
     compute_dtype: str = "bfloat16"
     param_dtype: str = "float32"
-    optimizer_state_bytes: int = 8
-    """Bytes an optimizer keeps per parameter: AdamW has two float32 moments."""
+    kv_dtype: str = "bfloat16"
+    """Of cached keys and values, when serving."""
+    optimizer_moments: int = 2
+    """Values an optimizer keeps per parameter: AdamW has two moments."""
+    max_step_s: float | None = None
+    """Latency goal: a plan whose step takes longer is turned down."""
 
     def check(self) -> Workload:
         """Return self, or raise ConfigError for a batch that is none."""

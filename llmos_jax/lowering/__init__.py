@@ -1,6 +1,10 @@
 """Turn a Plan into Programs: mesh, shardings, jit, compile."""
 
 from llmos_jax.lowering.arrays import fetch, global_array, local_rows
+from llmos_jax.lowering.audit import Unplanned, audit
+from llmos_jax.lowering.collectives import Collective, collectives_of
+from llmos_jax.lowering.collectives import table as collective_table
+from llmos_jax.lowering.count import Count, count
 from llmos_jax.lowering.devices import (
     is_first_process,
     is_only_process,
@@ -10,24 +14,36 @@ from llmos_jax.lowering.devices import (
     measure_matmul_flops_per_s,
 )
 from llmos_jax.lowering.inspect import inspect
+from llmos_jax.lowering.measure import measured_topology
 from llmos_jax.lowering.mesh import device_mesh
 from llmos_jax.lowering.program import Program, abstract, lower
 from llmos_jax.lowering.shardings import (
+    MeshSharder,
     activation_spec,
-    annotator,
     batch_sharding,
     like_params,
     named,
     param_shardings,
     replicated,
 )
+from llmos_jax.lowering.topologies import compile_devices, quiet
+from llmos_jax.lowering.verify import compile_plan, probe_plan
 
 __all__ = [
+    "Collective",
+    "Count",
+    "MeshSharder",
+    "Unplanned",
+    "audit",
+    "collective_table",
+    "collectives_of",
+    "count",
     "Program",
     "abstract",
     "activation_spec",
-    "annotator",
     "batch_sharding",
+    "compile_devices",
+    "compile_plan",
     "device_mesh",
     "fetch",
     "global_array",
@@ -41,7 +57,10 @@ __all__ = [
     "local_topology",
     "lower",
     "measure_matmul_flops_per_s",
+    "measured_topology",
     "named",
     "param_shardings",
+    "probe_plan",
+    "quiet",
     "replicated",
 ]

@@ -6,13 +6,15 @@ The rules were resolved by the planner; here names become objects, nothing is de
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmos_jax.ir import Plan, Spec
-from llmos_jax.rules import resolve_activation
+from llmos_jax.models.annotate import Axes, Stored
+from llmos_jax.rules import resolve_activation, resolve_weight
 
 
 def named(mesh: Mesh, spec: Spec) -> NamedSharding:
@@ -62,13 +64,62 @@ def activation_spec(
     return resolve_activation(plan.rules, axes, shape, plan.mesh)
 
 
-def annotator(
-    plan: Plan, mesh: Mesh
-) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-    """What `models.annotate` does while a plan is lowered: constrain a sharding."""
+@dataclass(frozen=True, slots=True)
+class MeshSharder:
+    """What `models.annotate` asks while a plan is lowered."""
 
-    def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        spec = activation_spec(plan, axes, x.shape)
-        return jax.lax.with_sharding_constraint(x, named(mesh, spec))
+    plan: Plan
+    mesh: Mesh
 
-    return constrain
+    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """Constrain `x` to the sharding that the rules give its axes."""
+        spec = activation_spec(self.plan, axes, x.shape)
+        return jax.lax.with_sharding_constraint(x, named(self.mesh, spec))
+
+    def per_shard(
+        self,
+        function: Callable[..., Any],
+        arrays: tuple[jax.Array, ...],
+        in_axes: tuple[Axes, ...],
+        out_axes: Any,
+    ) -> Any:
+        """Run `function` under shard_map; an axis is split the same way everywhere."""
+        if self.mesh.size == 1:
+            return function(*arrays)
+        used: dict[str | None, Any] = {}
+        stored: dict[str | None, Any] = {}
+        in_specs = []
+        for array, axes in zip(arrays, in_axes, strict=True):
+            is_stored = isinstance(axes, Stored)
+            resolve = resolve_weight if is_stored else resolve_activation
+            spec = resolve(self.plan.rules, axes, array.shape, self.plan.mesh)
+            (stored if is_stored else used).update(zip(axes, spec, strict=True))
+            in_specs.append(PartitionSpec(*spec))
+
+        def out_spec(axes: Axes) -> PartitionSpec:
+            split = stored if isinstance(axes, Stored) else {**stored, **used}
+            return PartitionSpec(*(axis and split[axis] for axis in axes))
+
+        out_specs = jax.tree.map(
+            out_spec,
+            out_axes,
+            is_leaf=lambda leaf: isinstance(leaf, tuple) and not _holds_tuples(leaf),
+        )
+        mapped = jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=tuple(in_specs),
+            out_specs=out_specs,
+            check_vma=False,
+        )
+        return mapped(*arrays)
+
+    def mesh_axes(self, axis: str, size: int, stored: bool) -> tuple[str, ...]:
+        """Mesh axes that split an axis of an activation, or of a weight."""
+        resolve = resolve_weight if stored else resolve_activation
+        (entry,) = resolve(self.plan.rules, (axis,), (size,), self.plan.mesh)
+        return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
+def _holds_tuples(leaf: tuple[Any, ...]) -> bool:
+    return any(isinstance(item, tuple) for item in leaf)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmos_jax.models.annotate import annotate
+from llmos_jax.models.lookup import lookup
 from llmos_jax.models.project import project
 
 
@@ -72,10 +73,10 @@ class SwiGLU(nnx.Module):
         self.down = normal(rngs, (F, D), (2 * num_layers * F) ** -0.5, ("ffn", "embed"))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = project(x_BTD, self.gate[...])
-        up_BTF = project(x_BTD, self.up[...])
+        gate_BTF = project(x_BTD, self.gate[...], name="ffn_gate")
+        up_BTF = project(x_BTD, self.up[...], name="ffn_up")
         h_BTF = annotate(swiglu(gate_BTF, up_BTF), "batch", "seq", "ffn")
-        return project(h_BTF, self.down[...])
+        return project(h_BTF, self.down[...], name="ffn_out")
 
 
 class Embedding(nnx.Module):
@@ -85,7 +86,7 @@ class Embedding(nnx.Module):
         self.table = normal(rngs, (V, D), 0.02, ("vocab", "embed"))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return self.table[...][tokens_BT]
+        return lookup(self.table[...], tokens_BT)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return float32 logits [B, T, V] against the table."""

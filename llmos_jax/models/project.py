@@ -12,23 +12,23 @@ import functools
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-SAVED = "projection"
-"""Name under which remat policies know the outputs of products with weights."""
 
-
-def project(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:
+def project(
+    x: jax.Array, w: jax.Array, *, name: str = "projection", contract: int = 1
+) -> jax.Array:
     """Contract the last `contract` dimensions of x with the first of w.
 
     Args:
         x: [B, T, *inside].
         w: [*inside, *outside].
+        name: what remat policies call the product (ir/plan.py, TENSORS).
         contract: how many dimensions `inside` has.
 
     Returns:
         [B, T, *outside], in the dtype of x.
     """
     assert x.shape[2:] == w.shape[:contract], (x.shape, w.shape)
-    return checkpoint_name(_project(x, w, contract), SAVED)
+    return checkpoint_name(_project(x, w, contract), name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

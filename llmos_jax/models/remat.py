@@ -1,10 +1,8 @@
-"""Name what a layer keeps for its backward pass; the plan picks a name.
+"""Wrap a layer so that its backward pass finds what the plan wants saved.
 
-| name | kept per layer | recomputed |
-|---|---|---|
-| none | everything the backward pass reads | nothing |
-| dots | outputs of matmuls with weights | attention scores, norms, activations |
-| full | the layer's input | the whole layer |
+Tensors are known by the names in ir/plan.py (TENSORS), which the layer gives them with
+`checkpoint_name`; a policy is a set of them. What is not saved is computed again; what
+is offloaded waits in host memory.
 """
 
 from __future__ import annotations
@@ -14,17 +12,34 @@ from typing import Any
 
 import jax
 
-from llmos_jax.models.project import SAVED
-
-REMAT_POLICIES = ("none", "dots", "full")
+from llmos_jax.ir import saved_tensors
 
 
-def rematerialised(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """Wrap a layer function so that its backward pass keeps only what `policy` says."""
-    if policy == "none":
+def rematerialised(
+    body: Callable[..., Any], remat: str, offload: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+    """Return `body`, whose backward pass keeps only what `remat` names.
+
+    Args:
+        body: one layer.
+        remat: a name in REMATS, or tensors' names joined by commas.
+        offload: those of the saved that go to host memory and come back.
+
+    Raises:
+        ConfigError: a policy or a tensor that is not known.
+    """
+    if remat == "none" and not offload:
         return body
-    saveable = {
-        "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
-        "full": jax.checkpoint_policies.nothing_saveable,
-    }[policy]
-    return jax.checkpoint(body, policy=saveable, prevent_cse=False)
+    saved = saved_tensors(remat)
+    if offload:
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=sorted(saved - set(offload)),
+            names_which_can_be_offloaded=sorted(offload),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        # A saved input is what the loop carries; naming it would copy it.
+        named = sorted(saved - {"layer_input"})
+        policy = jax.checkpoint_policies.save_only_these_names(*named)
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)

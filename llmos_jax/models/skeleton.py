@@ -21,7 +21,7 @@ from llmos_jax.models.decoder import Decoder
 Params = dict[str, jax.Array]
 """Parameter path -> array."""
 
-FAMILIES: dict[str, Callable[..., nnx.Module]] = {"llama": Decoder}
+FAMILIES: dict[str, Callable[..., nnx.Module]] = {"llama": Decoder, "moe": Decoder}
 """Family name -> `constructor(spec, rngs=...)`."""
 
 

@@ -1,34 +1,45 @@
 """Turn a machine and pins into meshes, and a mesh into ways to run the step on it.
 
-This release searches data, fsdp and tensor; stage, context and expert stay 1.
+Free axes are data, fsdp and tensor. stage, context and expert are planned where they
+are pinned: what they cost is known, and the programs that run them are not here yet.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 
 from llmos_jax.errors import ConfigError, PlanError, did_you_mean
-from llmos_jax.ir.plan import MeshShape, Pins
+from llmos_jax.ir.plan import MeshShape, Pins, Way, saved_tensors
 from llmos_jax.ir.rules import MESH_AXES
 from llmos_jax.ir.topology import Topology
 from llmos_jax.ir.workload import Workload
 
 SEARCHED = ("data", "fsdp", "tensor")
-REMATS = ("none", "dots", "full")
-"""What a backward pass finds saved: everything, the matmuls, or each layer's input."""
+POLICIES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "none": ((),),
+    "dots": ((),),
+    "attention": ((), ("layer_input", "query", "key", "value", "context")),
+    "full": ((), ("layer_input",)),
+}
+"""Remat policies that are tried, from most saved to least, each with what may wait in
+host memory meanwhile. The offloaded sets are those of MaxText's hand-tuned
+configurations (benchmarks/maxtext_trillium_model_configs.py): the layer's input, then
+what surrounds attention."""
 
+ALIASES = {"minimal": "dots", "nothing": "full", "everything": "none"}
+"""Names that MaxText and AXLearn give to the same policies."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """One way to run the step: a mesh, a remat policy, a number of microbatches."""
+DTYPES = ("float32", "bfloat16")
+HEAD_BYTES = 2**30
+"""Float32 gradient of one device's head that may exist whole while the loss is cut by
+tokens; beyond, it is cut by the vocabulary, which makes the logits twice: 2 D V more
+FLOPs a token, 0.4 % of llama3_70b's step and 7 % of qwen3_0_6b's. A judgement."""
 
-    mesh: MeshShape
-    remat: str
-    microbatches: int
-
-    def __str__(self) -> str:
-        return f"{self.mesh}, remat={self.remat}, microbatches={self.microbatches}"
+TILE_BYTES = 512 * 2**20
+"""Float32 logits of one device that may exist at one time; beyond, the loss is tiled.
+A judgement: small beside 16 GiB, large enough that each tile is a full-sized matmul."""
 
 
 def check_pins(pins: Pins, topology: Topology, workload: Workload) -> None:
@@ -42,11 +53,6 @@ def check_pins(pins: Pins, topology: Topology, workload: Workload) -> None:
             )
         if size < 1:
             raise ConfigError(f"plan.mesh.{axis} = {size}; it must be at least 1.")
-        if axis not in SEARCHED and size > 1:
-            raise PlanError(
-                f"plan.mesh.{axis} = {size}: this release plans {', '.join(SEARCHED)} "
-                f"only; leave {axis} at 1."
-            )
     pinned, devices = math.prod((pins.mesh or {}).values()), topology.num_devices
     if devices % pinned:
         named = " x ".join(f"{axis}={size}" for axis, size in (pins.mesh or {}).items())
@@ -54,9 +60,16 @@ def check_pins(pins: Pins, topology: Topology, workload: Workload) -> None:
             f"the pinned mesh {named} covers {pinned} devices, which does not divide "
             f"the {devices} of {topology.name}. Change or remove a plan.mesh pin."
         )
-    if pins.remat is not None and pins.remat not in REMATS:
-        hint = did_you_mean(pins.remat, REMATS)
-        raise ConfigError(f"plan.remat = {pins.remat!r} is not known.{hint}")
+    _check_saved(remat_named(pins.remat or "none"), pins.offload or ())
+    for key in ("state_dtype", "gradient_dtype"):
+        dtype = getattr(pins, key)
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(
+                f"plan.{key} = {dtype!r}; it is float32 or bfloat16."
+                f"{did_you_mean(dtype, DTYPES)}"
+            )
+    if pins.loss_tiles is not None and pins.loss_tiles < 1:
+        raise ConfigError(f"plan.loss_tiles = {pins.loss_tiles}; at least 1.")
     parts = pins.microbatches
     if parts is not None and parts < 1:
         raise ConfigError(f"plan.microbatches = {parts}; it must be at least 1.")
@@ -67,15 +80,21 @@ def check_pins(pins: Pins, topology: Topology, workload: Workload) -> None:
         )
 
 
+def remat_named(name: str) -> str:
+    """Return our name of a policy that other systems call otherwise."""
+    return ALIASES.get(name, name)
+
+
 def enumerate_meshes(topology: Topology, pins: Pins) -> list[MeshShape]:
     """Return every mesh over all devices that agrees with the pins."""
-    devices = topology.num_devices
+    pinned = pins.mesh or {}
+    fixed = MeshShape(**{a: n for a, n in pinned.items() if a not in SEARCHED})
+    devices = topology.num_devices // fixed.num_devices
     meshes = [
-        MeshShape(data=devices // ways // tensor, fsdp=ways, tensor=tensor)
+        replace(fixed, data=devices // ways // tensor, fsdp=ways, tensor=tensor)
         for tensor in _divisors(devices)
         for ways in _divisors(devices // tensor)
     ]
-    pinned = pins.mesh or {}
     return [
         mesh
         for mesh in meshes
@@ -83,22 +102,83 @@ def enumerate_meshes(topology: Topology, pins: Pins) -> list[MeshShape]:
     ]
 
 
-def ways_of(mesh: MeshShape, share: int, workload: Workload, pins: Pins) -> list[Way]:
-    """Return the ways to run on `mesh`, of whose batch each replica has `share`.
+def ways_of(
+    mesh: MeshShape,
+    share: int,
+    logit_bytes: float,
+    head_bytes: float,
+    topology: Topology,
+    workload: Workload,
+    pins: Pins,
+) -> Iterator[list[Way]]:
+    """Yield the ways to run on `mesh`, in groups that differ in microbatches alone.
 
-    Microbatches are the powers of two that divide the share, or the pinned number. Only
-    training has something to save or to cut.
+    Within a group the first is the fastest and the last takes the least memory.
+
+    Args:
+        mesh: a mesh of all devices.
+        share: sequences of the batch that each replica has.
+        logit_bytes: float32 logits of one device for one sequence.
+        head_bytes: the head of one device, gathered, in float32.
+        topology: a CPU has no other memory to offload to.
+        workload: only training has something to save or to cut.
+        pins: decisions already made.
     """
     if workload.phase != "train":
-        return [Way(mesh=mesh, remat="none", microbatches=1)]
+        yield [Way(mesh=mesh)]
+        return
     powers = [2**power for power in range(share.bit_length()) if share % 2**power == 0]
     counts = [pins.microbatches] if pins.microbatches else powers
-    remats = [pins.remat] if pins.remat else REMATS
+    for remat, offload in _policies(topology, pins):
+        yield [
+            Way(
+                mesh=mesh,
+                remat=remat,
+                offload=offload,
+                microbatches=count,
+                loss_tiles=pins.loss_tiles or _tiles(share / count * logit_bytes),
+                loss_over="tokens" if head_bytes <= HEAD_BYTES else "vocab",
+                state_dtype=pins.state_dtype or "float32",
+                gradient_dtype=pins.gradient_dtype or "float32",
+            )
+            for count in counts
+        ]
+
+
+def _policies(topology: Topology, pins: Pins) -> list[tuple[str, tuple[str, ...]]]:
+    """(remat, offload) pairs to try."""
+    if pins.remat is not None:
+        remat = remat_named(pins.remat)
+        tried = {remat: POLICIES.get(remat, ((),))}
+    else:
+        tried = POLICIES
+    if pins.offload is not None:
+        return [(name, pins.offload) for name in tried if _saves(name, pins.offload)]
     return [
-        Way(mesh=mesh, remat=remat, microbatches=count)
-        for remat in remats
-        for count in counts
+        (name, offload)
+        for name, choices in tried.items()
+        for offload in choices
+        if not offload or topology.chip.vendor != "cpu"
     ]
+
+
+def _saves(remat: str, offload: tuple[str, ...]) -> bool:
+    return set(offload) <= saved_tensors(remat)
+
+
+def _check_saved(remat: str, offload: tuple[str, ...]) -> None:
+    saved = saved_tensors(remat)
+    for name in offload:
+        if name not in saved:
+            raise PlanError(
+                f"plan.offload has {name!r}, which remat = {remat} does not save. Add "
+                f"it to plan.remat, or leave it out.{did_you_mean(name, saved)}"
+            )
+
+
+def _tiles(logit_bytes: float) -> int:
+    """The power of two that cuts this device's logits to at most TILE_BYTES."""
+    return 1 << max(0, math.ceil(math.log2(max(1.0, logit_bytes / TILE_BYTES))))
 
 
 def _divisors(number: int) -> list[int]:

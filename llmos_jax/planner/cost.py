@@ -1,40 +1,56 @@
 """Turn a layout and a way into an Estimate: seconds per resource, and what they add to.
 
-Each resource is busy for a time of its own: compute (matmuls at the chip's measured
-share of peak), hbm, ici, dcn. Matmuls and memory traffic of the layers run together, so
-the longer counts; the optimizer's traffic comes on top. Gathers of weights and sums of
-gradients hide behind that work but for a tenth; tensor sums stand in its way whole.
+    compute  products and attention: forward, backward, and what is recomputed
+    hbm      traffic between the products, of what is saved, and of the optimizer
+    ici      weights, gradients, blocks of activations, inside a slice
+    dcn      gradients between slices
+    host     saved tensors that wait in host memory
+
+Compute and memory traffic take turns; a share of each kind of traffic over links hides
+behind them (fitted.py), host traffic as far as there is work. A pipeline of P stages
+waits (P - 1) / M more. The more slices, the longer the slowest host is waited for.
 
 Known lies:
-- One efficiency for all matmuls: thin ones (small models, much tensor) run slower.
-- XLA sums data-parallel gradients once per microbatch, and always overlaps the same.
-- Elementwise work costs only its traffic; the vocabulary's sharded softmax, nothing.
-- The traffic of attention scores is not counted: true of a fused kernel, while the
-  plain one writes and reads them all and is slower than this on long sequences.
-- Prefill and decode are sketches: no batching over time, no paging, no sampling.
+- XLA sums data-parallel gradients once per microbatch, but for a pipeline's.
+- A share hides whatever else competes for the same links, and however small it is.
+- Prefill costs the whole head; nothing is batched over time.
+- Calibrated on steps that experts had tuned, flags and kernels included.
 """
 
 from __future__ import annotations
 
-from llmos_jax.ir.plan import Candidate, Estimate
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from llmos_jax.ir.plan import Candidate, Estimate, Way, saved_tensors
 from llmos_jax.ir.topology import Topology
 from llmos_jax.ir.workload import Workload
-from llmos_jax.planner.candidates import Way
-from llmos_jax.planner.collectives import (
-    Links,
-    dcn_sum_s,
-    gather_s,
-    sum_s,
-)
-from llmos_jax.planner.layout import Group, Layout, dtype_bytes
-from llmos_jax.planner.memory import Memory, saved_width
-from llmos_jax.planner.sizes import Sizes, attention_flops, model_flops
+from llmos_jax.planner.collectives import Links
+from llmos_jax.planner.compute import Work, hbm_rate, work_of
+from llmos_jax.planner.decode import decode_s
+from llmos_jax.planner.domain import domain_of
+from llmos_jax.planner.fitted import FITTED, Fitted
+from llmos_jax.planner.layout import Layout, dtype_bytes
+from llmos_jax.planner.memory import Memory
+from llmos_jax.planner.sizes import Sizes, model_flops
+from llmos_jax.planner.traffic import Traffic, traffic_of
 
-OVERLAP = 0.9
-"""Share of weight and gradient traffic that hides behind work. MaxText's 32B on v5e-256
-(configs/tpu/v5e/README.md, 2023-12) runs at 66.9 % MFU under full remat, which is 89 %
-of peak counting recompute, the matmul ceiling: nearly all traffic hides. Its 16B to
-128B still lose 2 to 3.5 % per doubling of slices, so not quite all."""
+LAYER_S = 5e-5
+"""Starting the kernels of one layer, there and back. A judgement: no row is so small
+that it would tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Facts:
+    """What all ways on one mesh with as many microbatches have in common."""
+
+    work: Work
+    traffic: Traffic
+    layers_s: float
+    flops: float
+    error: float | None
+    domain: str
 
 
 def estimate(
@@ -45,138 +61,116 @@ def estimate(
     sizes: Sizes,
     topology: Topology,
     workload: Workload,
+    fitted: Fitted = FITTED,
 ) -> Candidate:
     """Return the way with what it is predicted to cost."""
-    compute_s = _compute_s(way, sizes, topology, workload)
-    layers_s, update_s = _hbm_s(layout, way, sizes, topology, workload)
-    weights_s = _weight_traffic_s(layout, way, links, sizes, workload)
-    sums_s, dcn_s = _gradient_sums_s(layout, way, links, topology, workload)
-    parts_s = _tensor_sums_s(layout, way, links, sizes, workload)
-    busy_s = max(compute_s, layers_s) + update_s
-    behind_s = weights_s + sums_s + dcn_s
-    step_s = busy_s + parts_s + behind_s - OVERLAP * min(behind_s, busy_s)
-    seconds = {
-        "compute": compute_s,
-        "hbm": layers_s + update_s,
-        "ici": weights_s + sums_s + parts_s,
-        "dcn": dcn_s,
-    }
-    flops = model_flops(sizes, workload)
-    per_chip = flops / step_s / topology.chips
+    parts = way.microbatches
+    facts = _facts_of(layout, links, sizes, topology, workload, parts, fitted)
+    if workload.phase == "decode":
+        seconds, step_s = decode_s(layout, links, sizes, topology, workload)
+    else:
+        seconds, step_s = _pass_s(facts, layout, way, topology, workload, fitted)
+    per_chip = facts.flops / step_s / topology.chips
     peak = topology.peak_flops_per_s(workload.compute_dtype)
     return Candidate(
-        mesh=way.mesh,
-        microbatches=way.microbatches,
-        remat=way.remat,
+        way=way,
         predicted=Estimate(
             step_s=step_s,
             peak_hbm_bytes=sum(memory.values()),
             tflops_per_s_per_chip=per_chip / 1e12,
             mfu=per_chip / (peak * topology.chip.devices_per_chip),
             tokens_per_s=workload.tokens / step_s,
-            bound_by=max(seconds, key=lambda name: seconds[name]),
+            bound_by=max(seconds, key=seconds.__getitem__),
             seconds=seconds,
             memory=memory,
+            error=facts.error,
+            domain=facts.domain,
+            placement=links.placement,
         ),
     )
 
 
-def _compute_s(way: Way, sizes: Sizes, topology: Topology, workload: Workload) -> float:
-    flops = model_flops(sizes, workload)
-    if workload.phase == "train" and way.remat != "none":
-        flops += attention_flops(sizes, workload)
-    if workload.phase == "train" and way.remat == "full":
-        in_layers = sizes.matmul_params - sizes.vocab * sizes.embed
-        flops += 2 * max(0, in_layers) * workload.tokens
-    peak = topology.peak_flops_per_s(workload.compute_dtype)
-    return flops / topology.num_devices / (peak * topology.chip.matmul_efficiency)
+@lru_cache(maxsize=512)
+def _facts_of(
+    layout: Layout,
+    links: Links,
+    sizes: Sizes,
+    topology: Topology,
+    workload: Workload,
+    parts: int,
+    fitted: Fitted,
+) -> _Facts:
+    error, domain = domain_of(sizes, layout.mesh, topology, workload, parts)
+    return _Facts(
+        work=work_of(layout, sizes, topology, workload, parts, fitted),
+        traffic=traffic_of(layout, links, sizes, topology, workload, parts),
+        layers_s=LAYER_S * sizes.layers / layout.mesh.stage,
+        flops=model_flops(sizes, workload),
+        error=error,
+        domain=domain,
+    )
 
 
-def _hbm_s(
-    layout: Layout, way: Way, sizes: Sizes, topology: Topology, workload: Workload
-) -> tuple[float, float]:
-    """Seconds of traffic in the layers, and in the optimizer.
+def _pass_s(
+    facts: _Facts,
+    layout: Layout,
+    way: Way,
+    topology: Topology,
+    workload: Workload,
+    fitted: Fitted,
+) -> tuple[dict[str, float], float]:
+    """Seconds each resource is busy, and those of the step: training or prefill."""
+    work, traffic, parts = facts.work, facts.traffic, way.microbatches
+    is_train = workload.phase == "train"
+    saved = _saved(way.remat)
+    turns = parts + layout.mesh.stage - 1
+    is_head_twice = way.loss_tiles > 1 and way.loss_over == "vocab"
+    compute_s = turns * work.compute_s(saved, is_train, is_head_twice)
+    hbm_s = turns * work.traffic_s(saved, way.remat == "none", is_train)
+    weights_s, crossing_s, host_s = traffic.weights, 0.0, 0.0
+    blocks_s = traffic.blocks + traffic.exchanged
+    permuted_s = traffic.permuted
+    if is_train:
+        hbm_s += _update_s(layout, way, topology, workload)
+        # A pipeline adds gradients up where they are; see Known lies for the others.
+        sums = 1 if layout.mesh.stage > 1 else parts
+        weights_s = 3 * traffic.weights + traffic.sums * sums / parts
+        crossing_s = traffic.crossing * sums
+        blocks_s = traffic.blocks * (2 if "out" in saved else 2.5)
+        blocks_s += traffic.exchanged * (2 if "ffn_up" in saved else 2.5)
+        permuted_s = 2 * traffic.permuted
+        host_s = parts * sum(traffic.offloaded[name] for name in way.offload)
+    weights_s *= parts
+    blocks_s = blocks_s * parts + permuted_s * turns
+    busy_s = compute_s + hbm_s
+    hidden_s = (
+        fitted.hidden_weights * min(weights_s, busy_s)
+        + fitted.hidden_parts * min(blocks_s, busy_s)
+        + fitted.hidden_crossing * min(crossing_s, busy_s)
+    )
+    step_s = busy_s + weights_s + blocks_s + crossing_s - min(hidden_s, busy_s)
+    step_s += max(0.0, host_s - busy_s) + facts.layers_s * turns
+    seconds = {
+        "compute": compute_s,
+        "hbm": hbm_s,
+        "ici": weights_s + blocks_s,
+        "dcn": crossing_s,
+        "host": host_s,
+    }
+    return seconds, step_s * (1 + fitted.jitter * math.log2(topology.slices))
 
-    Layers: each pass reads the weights as used and writes, then reads, what one layer
-    makes. Optimizer: parameters, state and gradients are read, the first two written.
-    """
-    chip = topology.chip
-    rate = chip.hbm_bytes_per_s * chip.hbm_efficiency / chip.devices_per_chip
-    compute = dtype_bytes(workload.compute_dtype)
-    params = layout.sharded * dtype_bytes(workload.param_dtype)
-    passes = _passes(way, workload)
-    used = layout.gathered_layer * sizes.layers + layout.gathered_rest
-    tokens = workload.tokens / layout.batch_ways
-    made = 2 * tokens * sizes.layers * saved_width(layout, sizes, "none") * compute
-    traffic = passes * (way.microbatches * used * compute + made)
-    if workload.phase == "decode":
-        kv_width = sizes.kv_width / layout.width_ways["kv_heads"]
-        traffic += 2 * sizes.layers * kv_width * tokens * workload.seq_len * compute
-    if workload.phase != "train":
-        return traffic / rate, 0.0
-    update = 3 * params + 2 * layout.sharded * workload.optimizer_state_bytes
-    return traffic / rate, update / rate
+
+@lru_cache(maxsize=256)
+def _saved(remat: str) -> frozenset[str]:
+    """What a policy saves; products that are no tensor by name count as dots."""
+    saved = saved_tensors(remat)
+    return saved | {"other"} if remat in ("none", "dots") else saved
 
 
-def _passes(way: Way, workload: Workload) -> int:
-    """Times a layer's weights are used: forward, again if recomputed, backward
-    twice."""
-    if workload.phase != "train":
-        return 1
-    return 4 if way.remat == "full" else 3
-
-
-def _weight_traffic_s(
-    layout: Layout, way: Way, links: Links, sizes: Sizes, workload: Workload
+def _update_s(
+    layout: Layout, way: Way, topology: Topology, workload: Workload
 ) -> float:
-    """Gather the weights forward and backward, scatter the gradients, per
-    microbatch."""
-    compute = dtype_bytes(workload.compute_dtype)
-    times = 3 * way.microbatches if workload.phase == "train" else 1
-    return sum(
-        times * gather_s(links, axes, elements * compute, sizes.layers)
-        for axes, elements in layout.gathers.items()
-    )
-
-
-def _gradient_sums_s(
-    layout: Layout, way: Way, links: Links, topology: Topology, workload: Workload
-) -> tuple[float, float]:
-    """Sum gradients over the replicas: inside a slice, and across slices."""
-    if workload.phase != "train":
-        return 0.0, 0.0
-    width = dtype_bytes(workload.param_dtype)
-    inside = sum(
-        sum_s(links, axes, elements * width, 1)
-        for axes, elements in layout.sums.items()
-    )
-    crossing = sum(
-        dcn_sum_s(topology, links, elements * width)
-        for axes, elements in layout.sums.items()
-        if "data" in axes
-    )
-    return inside * way.microbatches, crossing * way.microbatches
-
-
-def _tensor_sums_s(
-    layout: Layout, way: Way, links: Links, sizes: Sizes, workload: Workload
-) -> float:
-    """Sum the outputs of attention and feed-forward over the axes that split them.
-
-    Two sums a layer in each direction (Megatron, arXiv 1909.08053), again where the
-    forward pass is recomputed; and one for the embedding lookup, there and back.
-    """
-    compute = dtype_bytes(workload.compute_dtype)
-    tokens = workload.tokens / layout.batch_ways / way.microbatches
-    block = tokens * sizes.embed * compute
-    passes = 1
-    if workload.phase == "train":
-        passes = 3 if way.remat == "full" else 2
-
-    def one(axes: Group) -> float:
-        return sum_s(links, axes, block, 1)
-
-    widths = layout.width_axes
-    per_layer = one(widths["heads"]) + one(widths["ffn"])
-    total = passes * (sizes.layers * per_layer + one(widths["vocab"]))
-    return total * way.microbatches
+    """Parameters, state and gradients are read; parameters and state are written."""
+    state = workload.optimizer_moments * dtype_bytes(way.state_dtype)
+    each = 3 * dtype_bytes(workload.param_dtype) + 2 * state
+    return layout.sharded * each / hbm_rate(topology)

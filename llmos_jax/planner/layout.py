@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llmos_jax.ir.params import ParamTable
+from llmos_jax.ir.params import ParamRow, ParamTable
 from llmos_jax.ir.plan import MeshShape
 from llmos_jax.ir.rules import Rules, Spec
 from llmos_jax.ir.workload import Workload
@@ -25,14 +25,19 @@ Group = tuple[str, ...]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Layout:
-    """Counts of one device on one mesh; `elements` are parameters, not bytes."""
+    """Counts of one device on one mesh; `elements` are parameters, not bytes.
+
+    Compared by identity, so that what was derived from one can be remembered.
+    """
 
     mesh: MeshShape
     specs: dict[str, Spec]
     batch_ways: int
     """Ways the batch is split."""
+    token_ways: int
+    """Ways the tokens are split: along the batch and along the sequence."""
     width_ways: dict[str, int]
     """Ways of each activation width: heads, kv_heads, ffn, vocab, embed."""
     width_axes: dict[str, Group]
@@ -61,6 +66,7 @@ def lay_out(
     batch_axes = set(
         _flat(resolve_activation(rules, ("batch",), (workload.global_batch,), mesh))
     )
+    token_axes = batch_axes | _axes_of(rules, "seq", workload.seq_len, mesh)
     width_axes = _width_axes(rules, sizes, mesh)
     gathers: dict[Group, float] = {}
     sums: dict[Group, float] = {}
@@ -68,10 +74,15 @@ def lay_out(
     is_layer_gathered = False
     for row in table.rows:
         split = _flat(specs[row.path])
-        gathered = tuple(axis for axis in split if axis in batch_axes)
-        summed = _in_order(batch_axes - set(split), mesh)
-        used = row.size / _ways(set(split) - batch_axes, mesh)
-        sharded += row.size / _ways(set(split), mesh)
+        gathered = tuple(
+            axis
+            for axis in split
+            if axis in token_axes and axis not in _expert_axes(row, specs[row.path])
+        )
+        summed = _in_order(token_axes - set(split), mesh)
+        size = row.size * _copies(row, specs[row.path], rules, mesh)
+        used = size / _ways(set(split) - set(gathered), mesh)
+        sharded += size / _ways(set(split), mesh)
         if gathered:
             gathers[gathered] = gathers.get(gathered, 0.0) + used
         if summed:
@@ -86,7 +97,8 @@ def lay_out(
         mesh=mesh,
         specs=specs,
         batch_ways=_ways(batch_axes, mesh),
-        width_ways={name: _ways(set(axes), mesh) for name, axes in width_axes.items()},
+        token_ways=_ways(token_axes, mesh),
+        width_ways=_width_ways(width_axes, rules, sizes, mesh),
         width_axes=width_axes,
         sharded=sharded,
         gathers=gathers,
@@ -116,6 +128,43 @@ def _width_axes(rules: Rules, sizes: Sizes, mesh: MeshShape) -> dict[str, Group]
         else ()
         for name, size in widths.items()
     }
+
+
+def _width_ways(
+    width_axes: dict[str, Group], rules: Rules, sizes: Sizes, mesh: MeshShape
+) -> dict[str, int]:
+    """Ways of each width; one that is repeated has as many as it has parts."""
+    ways = {name: _ways(set(axes), mesh) for name, axes in width_axes.items()}
+    parts = {"heads": sizes.heads, "kv_heads": sizes.kv_heads}
+    return {
+        name: min(count, parts[name])
+        if name in rules.repeat and name in parts
+        else count
+        for name, count in ways.items()
+    }
+
+
+def _copies(row: ParamRow, spec: Spec, rules: Rules, mesh: MeshShape) -> float:
+    """Devices that hold the same part of a row, because its rule repeats an axis."""
+    copies = 1.0
+    for axis, size, entry in zip(row.axes, row.shape, spec, strict=True):
+        if axis in rules.repeat:
+            copies *= max(1.0, _ways(set(_flat((entry,))), mesh) / size)
+    return copies
+
+
+def _axes_of(rules: Rules, name: str, size: int, mesh: MeshShape) -> set[str]:
+    if name not in rules.activations:
+        return set()
+    return set(_flat(resolve_activation(rules, (name,), (size,), mesh)))
+
+
+def _expert_axes(row: ParamRow, spec: Spec) -> Group:
+    """Mesh axes over which a weight's experts are spread: tokens travel, not it."""
+    if "experts" not in row.axes:
+        return ()
+    at = row.axes.index("experts")
+    return _flat(spec[at : at + 1])
 
 
 def _flat(spec: Spec) -> Group:

@@ -15,11 +15,11 @@ from llmos_jax.config import load_model
 from llmos_jax.errors import NoFeasiblePlan, RuleError
 from llmos_jax.hardware import parse_topology
 from llmos_jax.ir.params import ParamTable
-from llmos_jax.ir.plan import Candidate, MeshShape, Pins, Plan, Rejected
+from llmos_jax.ir.plan import Candidate, MeshShape, Pins, Plan, Rejected, Way
 from llmos_jax.ir.rules import Rules
 from llmos_jax.ir.topology import Topology
 from llmos_jax.ir.workload import Workload
-from llmos_jax.planner.candidates import Way, check_pins, enumerate_meshes, ways_of
+from llmos_jax.planner.candidates import check_pins, enumerate_meshes, ways_of
 from llmos_jax.planner.collectives import links_of
 from llmos_jax.planner.cost import estimate
 from llmos_jax.planner.explain import count_reasons
@@ -27,7 +27,24 @@ from llmos_jax.planner.layout import Layout, lay_out
 from llmos_jax.planner.memory import Memory, budget, memory_of
 from llmos_jax.planner.sizes import Sizes, sizes_of
 from llmos_jax.rules import check_rules, load_rules
-from llmos_jax.units import format_bytes
+from llmos_jax.units import format_bytes, format_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refuted:
+    """A way that the compiler turned down."""
+
+    way: Way
+    needed_bytes: float
+    memory: Memory
+    """What was estimated."""
+
+    @property
+    def growth(self) -> float:
+        """Needed over estimated, at least 1, of what is not kept between steps."""
+        kept = _kept_bytes(self.memory)
+        estimated = sum(self.memory.values()) - kept
+        return max(1.0, (self.needed_bytes - kept) / max(1.0, estimated))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +57,13 @@ class _Job:
     rules: Rules
     sizes: Sizes
     pins: Pins
+    refuted: tuple[Refuted, ...] = ()
+    """What the compiler said to earlier choices."""
+
+    @property
+    def growth(self) -> float:
+        """How much more than estimated the compiler needed, at worst."""
+        return max((item.growth for item in self.refuted), default=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +85,8 @@ def plan(
     workload: Workload,
     rules: Rules | str,
     pins: Pins | None = None,
+    *,
+    refuted: tuple[Refuted, ...] = (),
 ) -> Plan:
     """Return the fastest predicted way to run `workload`; no device is touched.
 
@@ -71,6 +97,8 @@ def plan(
         workload: What one step is.
         rules: Rules or their name; by name they are read for the workload's phase.
         pins: Decisions already made.
+        refuted: Ways the compiler turned down. They are not chosen again, and memory
+            is taken to be as much larger than estimated as theirs was.
 
     Raises:
         NoFeasiblePlan: every candidate was rejected; it carries the reasons.
@@ -78,7 +106,7 @@ def plan(
         ConfigError, RuleError: an input that cannot be used.
     """
     started = time.perf_counter()
-    job = _job(model, topology, workload, rules, pins or Pins())
+    job = _job(model, topology, workload, rules, pins or Pins(), refuted)
 
     # Each line is one pass: what is left, and what was lost with its reason.
     meshes = enumerate_meshes(job.topology, job.pins)
@@ -86,11 +114,11 @@ def plan(
     layouts, unsplit = _resolve(meshes, job)
     sized, uncut = _expand(layouts, job)
     fitting, too_big = _keep_fitting(sized, job)
-    rejected = (*uneven, *unsplit, *uncut, *too_big)
-    count = len(rejected) + len(fitting)
-    if not fitting:
-        raise _no_plan(job, count, rejected, sized)
-    costed = [_cost(item, job) for item in fitting]
+    costed, too_slow = _keep_in_time([_cost(item, job) for item in fitting], job)
+    rejected = (*uneven, *unsplit, *uncut, *too_big, *too_slow)
+    count = len(rejected) + len(costed)
+    if not costed:
+        raise _no_plan(job, count, rejected, sized, too_slow)
     ranked = sorted(costed, key=_rank)
 
     best = ranked[0]
@@ -103,6 +131,7 @@ def plan(
         chosen=best,
         specs=specs,
         runner_up=_runner_up(ranked),
+        others=tuple(ranked[:MOST_KEPT]),
         rejected=rejected,
         candidates=count,
         search_s=time.perf_counter() - started,
@@ -115,6 +144,7 @@ def _job(
     workload: Workload,
     rules: Rules | str,
     pins: Pins,
+    refuted: tuple[Refuted, ...],
 ) -> _Job:
     table = _table_of(model)
     machine = parse_topology(topology) if isinstance(topology, str) else topology
@@ -129,6 +159,7 @@ def _job(
         rules=grammar,
         sizes=sizes_of(table),
         pins=pins,
+        refuted=refuted,
     )
 
 
@@ -180,45 +211,116 @@ def _resolve(meshes: list[MeshShape], job: _Job) -> tuple[list[Layout], list[Rej
     return kept, lost
 
 
-def _expand(layouts: list[Layout], job: _Job) -> tuple[list[_Sized], list[Rejected]]:
-    """Lay out the ways to run on each mesh; drop a pinned cut that its share
-    refuses."""
-    kept, lost = [], []
+def _expand(
+    layouts: list[Layout], job: _Job
+) -> tuple[list[list[_Sized]], list[Rejected]]:
+    """Lay out the ways to run on each mesh, in groups that differ in microbatches
+    alone; drop a pinned cut that a replica's share refuses."""
+    kept: list[list[_Sized]] = []
+    lost = []
     for layout in layouts:
         share = job.workload.global_batch // layout.batch_ways
-        for way in ways_of(layout.mesh, share, job.workload, job.pins):
-            if share % way.microbatches:
-                reason = (
-                    f"batch: {share} sequences per replica are not divisible by "
-                    f"{way.microbatches} microbatches"
-                )
-                lost.append(Rejected(mesh=str(layout.mesh), reason=reason))
-                continue
-            memory = memory_of(layout, way, job.sizes, job.workload)
-            kept.append(_Sized(way=way, layout=layout, memory=memory))
+        count = job.pins.microbatches or 1
+        if share % count:
+            reason = (
+                f"batch: {share} sequences per replica are not divisible by "
+                f"{count} microbatches"
+            )
+            lost.append(Rejected(mesh=str(layout.mesh), reason=reason))
+            continue
+        logits = 4.0 * job.workload.seq_len * layout.batch_ways / layout.token_ways
+        logits *= job.sizes.vocab / layout.width_ways["vocab"]
+        head = 4.0 * job.sizes.embed * job.sizes.vocab / layout.width_ways["vocab"]
+        for group in ways_of(
+            layout.mesh, share, logits, head, job.topology, job.workload, job.pins
+        ):
+            kept.append(
+                [
+                    _Sized(way=way, layout=layout, memory=_memory(layout, way, job))
+                    for way in (
+                        replace(way, unrolled=True) if _unrolls(job) else way
+                        for way in group
+                    )
+                ]
+            )
     return kept, lost
 
 
+def _memory(layout: Layout, way: Way, job: _Job) -> Memory:
+    """The memory stack, grown by what the compiler taught."""
+    memory = memory_of(layout, way, job.sizes, job.topology, job.workload)
+    for item in job.refuted:
+        if item.way == way:
+            return {**memory, "refuted": item.needed_bytes - sum(memory.values())}
+    if job.growth > 1:
+        passing = sum(memory.values()) - _kept_bytes(memory)
+        memory["learnt"] = (job.growth - 1) * passing
+    return memory
+
+
+def _kept_bytes(memory: Memory) -> float:
+    """Weights and optimizer state, whose size is beyond doubt."""
+    return memory.get("params", 0.0) + memory.get("optimizer", 0.0)
+
+
 def _keep_fitting(
-    sized: list[_Sized], job: _Job
+    groups: list[list[_Sized]], job: _Job
 ) -> tuple[list[_Sized], list[Rejected]]:
-    """Drop what needs more memory than a device may use; the nearest miss comes
-    last."""
+    """Drop what needs more memory than a device may use; the nearest miss comes last.
+
+    More microbatches are never faster, so of each group the first that fits is kept.
+    """
     limit = budget(job.topology)
-    kept = [item for item in sized if item.peak_bytes <= limit]
-    over = [item for item in sized if item.peak_bytes > limit]
+    kept, over = [], []
+    for group in groups:
+        found = next((item for item in group if item.peak_bytes <= limit), None)
+        if found is None:
+            over.append(group[-1])
+        else:
+            kept.append(found)
+            over.extend(group[: group.index(found)])
     lost = []
     for item in sorted(over, key=lambda item: item.peak_bytes, reverse=True):
+        who = "compiler: needs" if "refuted" in item.memory else "memory: needs"
         reason = (
-            f"memory: needs {format_bytes(item.peak_bytes)} > {format_bytes(limit)} "
-            f"(remat={item.way.remat}, microbatches={item.way.microbatches})"
+            f"{who} {format_bytes(item.peak_bytes)} > {format_bytes(limit)} "
+            f"({_said(item.way)})"
         )
         lost.append(Rejected(mesh=str(item.way.mesh), reason=reason))
     return kept, lost
 
 
+def _said(way: Way) -> str:
+    """A way without its mesh."""
+    return str(way).removeprefix(f"{way.mesh}, ")
+
+
+def _keep_in_time(
+    costed: list[Candidate], job: _Job
+) -> tuple[list[Candidate], list[Rejected]]:
+    """Drop what misses the latency goal."""
+    goal = job.workload.max_step_s
+    if goal is None:
+        return costed, []
+    kept = [item for item in costed if item.predicted.step_s <= goal]
+    lost = [
+        Rejected(
+            mesh=str(item.mesh),
+            reason=f"latency: takes {format_seconds(item.predicted.step_s)} > "
+            f"{format_seconds(goal)}",
+        )
+        for item in sorted(costed, key=_rank, reverse=True)
+        if item.predicted.step_s > goal
+    ]
+    return kept, lost
+
+
+MOST_KEPT = 100
+"""Fitting candidates that a plan carries along, for its figures."""
+
+
 def _cost(item: _Sized, job: _Job) -> Candidate:
-    found = estimate(
+    return estimate(
         item.layout,
         item.way,
         item.memory,
@@ -227,7 +329,6 @@ def _cost(item: _Sized, job: _Job) -> Candidate:
         job.topology,
         job.workload,
     )
-    return replace(found, unrolled=_unrolls(job))
 
 
 UNROLL_LAYERS = 16
@@ -245,8 +346,9 @@ def _unrolls(job: _Job) -> bool:
 def _rank(candidate: Candidate) -> tuple[float, int, int, float]:
     """Fastest first; what differs by less than the model can tell, simplest first."""
     step_s = float(f"{candidate.predicted.step_s:.3g}")
-    simple = candidate.mesh.tensor
-    return step_s, simple, candidate.microbatches, candidate.predicted.peak_hbm_bytes
+    way = candidate.way
+    simple = way.mesh.tensor * (1 + len(way.offload))
+    return step_s, simple, way.microbatches, candidate.predicted.peak_hbm_bytes
 
 
 def _runner_up(ranked: list[Candidate]) -> Candidate | None:
@@ -264,8 +366,13 @@ def _batch_ways(rules: Rules, mesh: MeshShape) -> int:
 
 
 def _no_plan(
-    job: _Job, count: int, rejected: tuple[Rejected, ...], sized: list[_Sized]
+    job: _Job,
+    count: int,
+    rejected: tuple[Rejected, ...],
+    groups: list[list[_Sized]],
+    too_slow: list[Rejected],
 ) -> NoFeasiblePlan:
+    sized = [item for group in groups for item in group]
     work, machine = job.workload, job.topology
     lines = [
         f"no plan for {job.table.name} on {machine.name} ({work.phase}, "
@@ -273,7 +380,12 @@ def _no_plan(
         f"{count} candidates, all rejected.",
         *(f"  {line}" for line in count_reasons(rejected)),
     ]
-    if sized:
+    if too_slow:
+        lines.append(
+            f"  What would make it fit: a latency goal above the {too_slow[-1].reason}"
+            ", a smaller batch, or more chips."
+        )
+    elif sized:
         lines.extend(_nearest_miss(job, min(sized, key=lambda item: item.peak_bytes)))
     else:
         lines.append(_remedy_for_batch(job))
@@ -296,7 +408,7 @@ def _nearest_miss(job: _Job, nearest: _Sized) -> list[str]:
             f"a batch.global below {job.workload.global_batch}, or a shorter"
         )
         remedies[-1] += f" batch.seq_len than {job.workload.seq_len}"
-    if job.pins.mesh or job.pins.remat or job.pins.microbatches:
+    if job.pins != Pins():
         remedies.append("fewer plan.* pins")
     return [*lines, f"  What would make it fit: {'; or '.join(remedies)}."]
 

@@ -1,10 +1,11 @@
 """Turn a ParamTable into the few sizes that cost and memory are made of.
 
 Letters: D embed, F ffn, L layers, N query heads, K key/value heads, H head size, V
-vocab, T tokens of a sequence.
+vocab, E experts, T tokens of a sequence.
 
 Known lies: a module without these logical axes is taken for a transformer of Kaplan's
 shape (arXiv 2001.08361, table 1): attention as wide as D, F = 4 D, 12 L D^2 parameters.
+A weight of another form is one product with its first dimension summed.
 """
 
 from __future__ import annotations
@@ -12,8 +13,32 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llmos_jax.ir.params import ParamTable
+from llmos_jax.ir.params import ParamRow, ParamTable
 from llmos_jax.ir.workload import Workload
+
+FFN_IN = ("ffn_gate", "ffn_up")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """Tokens times one weight, in every layer that has it; sizes before any split."""
+
+    tensor: str
+    """What it makes: a name in ir.TENSORS, `head`, or `other`."""
+    summed: int
+    made: int
+    summed_axis: str | None
+    """Logical axis of the summed dimension, and of the one made; None: never split."""
+    made_axis: str | None
+    layers: int = 1
+    experts: int = 1
+    chosen: int = 1
+    """Copies of the weight that one token goes through, of `experts`."""
+
+    @property
+    def active(self) -> int:
+        """Parameters one token goes through, over all layers."""
+        return self.layers * self.chosen * self.summed * self.made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +48,24 @@ class Sizes:
     layers: int
     embed: int
     ffn: int
+    """Of one expert, where there are experts."""
     heads: int
     kv_heads: int
     head_dim: int
     vocab: int
     matmul_params: int
-    """All parameters but the embedding table when untied: a lookup is no matmul."""
+    """Parameters a token is multiplied with: not an untied embedding table, which is a
+    lookup, nor the experts that were not chosen."""
+    experts: int = 0
+    """Experts a token chooses among; 0: none."""
+    experts_per_token: int = 0
+    normed_heads: bool = False
+    """Whether q and k are normalised (Qwen3)."""
+    products: tuple[Product, ...] = ()
+
+    def __hash__(self) -> int:
+        """Cheap, for remembering; equality sees all fields."""
+        return hash((self.layers, self.embed, self.matmul_params))
 
     @property
     def query_width(self) -> int:
@@ -57,7 +94,11 @@ def sizes_of(table: ParamTable) -> Sizes:
         kv_heads=axes.get("kv_heads", heads),
         head_dim=head_dim,
         vocab=axes.get("vocab", 0),
-        matmul_params=table.num_params - _lookup_params(table),
+        matmul_params=table.active_params - _lookup_params(table),
+        experts=axes.get("experts", 0),
+        experts_per_token=_chosen(table) if "experts" in axes else 0,
+        normed_heads=table.spec is not None and table.spec.qk_norm,
+        products=_products(table),
     )
 
 
@@ -65,12 +106,11 @@ def model_flops(sizes: Sizes, workload: Workload) -> float:
     """Useful FLOPs of one step over all devices: no recompute.
 
     Forward: 2 N per token, and per layer 4 N H per token and key it sees: on average
-    half of T under the causal mask, all of it when decoding. Training triples that: 6 N
-    + 6 L N H T per token (scaling-book, transformers.md).
+    half of T, under the causal mask as over the life of a sequence that is decoded.
+    Training triples that: 6 N + 6 L N H T per token (scaling-book, transformers.md).
     """
-    seen = workload.seq_len if workload.phase == "decode" else workload.seq_len / 2
-    attention = 4 * sizes.layers * sizes.query_width * seen
-    forward = workload.tokens * (2 * sizes.matmul_params + attention)
+    products = 2 * sizes.matmul_params * workload.tokens
+    forward = products + attention_flops(sizes, workload)
     return forward * (3 if workload.phase == "train" else 1)
 
 
@@ -80,9 +120,69 @@ def attention_flops(sizes: Sizes, workload: Workload) -> float:
     return workload.tokens * per_token
 
 
+def _products(table: ParamTable) -> tuple[Product, ...]:
+    """One product per weight that tokens are multiplied with, in the table's order."""
+    found: list[Product] = []
+    chosen = _chosen(table)
+    for row in table.rows:
+        kept = [
+            (axis, size)
+            for axis, size in zip(row.axes, row.shape, strict=True)
+            if axis not in ("layers", "experts")
+        ]
+        if len(kept) < 2 or _is_lookup(row, table):
+            continue
+        ends_in_embed = kept[-1][0] == "embed"
+        cut = len(kept) - 1 if ends_in_embed else 1
+        if row.axes[0] == "vocab":  # the tied table, used a second time as the head
+            kept, cut = kept[::-1], 1
+        summed, made = kept[:cut], kept[cut:]
+        experts = _size(row, "experts")
+        tensor = _tensor(summed[0][0], made[0][0])
+        taken = {product.tensor for product in found}
+        if tensor == "ffn_up" and "ffn_up" in taken:
+            tensor = "ffn_gate"
+        if tensor == "key" and "key" in taken:
+            tensor = "value"
+        found.append(
+            Product(
+                tensor=tensor,
+                summed=math.prod(size for _, size in summed),
+                made=math.prod(size for _, size in made),
+                summed_axis=summed[0][0],
+                made_axis=made[0][0],
+                layers=_size(row, "layers"),
+                experts=experts,
+                chosen=chosen if "experts" in row.axes else 1,
+            )
+        )
+    return tuple(found)
+
+
+def _tensor(summed: str | None, made: str | None) -> str:
+    """The tensor that a product over `summed` makes along `made`."""
+    if made == "embed":
+        return {"heads": "out", "ffn": "ffn_out"}.get(summed or "", "other")
+    names = {"heads": "query", "kv_heads": "key", "ffn": "ffn_up", "vocab": "head"}
+    return names.get(made or "", "other")
+
+
+def _chosen(table: ParamTable) -> int:
+    """Experts one token goes through; all of them when nobody says."""
+    if table.spec is not None and table.spec.num_experts:
+        return table.spec.experts_per_token
+    return table.axis_sizes().get("experts", 1)
+
+
+def _size(row: ParamRow, axis: str) -> int:
+    return row.shape[row.axes.index(axis)] if axis in row.axes else 1
+
+
 def _lookup_params(table: ParamTable) -> int:
     """Parameters that are only looked up: the table of an untied model."""
-    rows = [row for row in table.rows if "vocab" in row.axes]
-    if len(rows) < 2:
-        return 0
-    return sum(row.size for row in rows if row.axes[0] == "vocab")
+    return sum(row.size for row in table.rows if _is_lookup(row, table))
+
+
+def _is_lookup(row: ParamRow, table: ParamTable) -> bool:
+    tables = [other for other in table.rows if "vocab" in other.axes]
+    return row.axes[:1] == ("vocab",) and len(tables) > 1

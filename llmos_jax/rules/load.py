@@ -75,6 +75,7 @@ def load_rules(name_or_path: str | Path, phase: Phase = "train") -> Rules:
         weights={name: tuple(axes) for name, axes in laid["weights"].items()},
         activations={name: tuple(axes) for name, axes in laid["activations"].items()},
         uneven=uneven,
+        repeat=tuple(overrides.get("repeat", ())),
         source=source,
     )
 
@@ -127,6 +128,9 @@ def _checked(source: str) -> Table:
     for part in _SECTIONS:
         _check_section(source, part, table.get(part, {}))
     for part, entries in table.get("decode", {}).items():
+        if part == "repeat":
+            _check_section(source, "decode", dict.fromkeys(entries, []))
+            continue
         if part not in _SECTIONS:
             hint = did_you_mean(part, _SECTIONS)
             _fail(
@@ -156,7 +160,8 @@ def _check_mesh(source: str, table: Table) -> None:
     """Every mesh axis that is used has its line under [mesh], and no other."""
     told = table.get("mesh", {})
     decode = table.get("decode", {})
-    parts = [table[part] for part in _SECTIONS] + list(decode.values())
+    parts = [table[part] for part in _SECTIONS]
+    parts += [decode[part] for part in _SECTIONS if part in decode]
     used = {axis for part in parts for axes in part.values() for axis in axes}
     for axis in sorted(used - set(told)):
         raise RuleError(

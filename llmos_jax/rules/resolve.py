@@ -87,6 +87,18 @@ def resolve_activation(
     return _split(rules, "activations", section, axes, shape, mesh, what)
 
 
+def resolve_weight(
+    rules: Rules, axes: Axes, shape: tuple[int, ...], mesh: MeshShape
+) -> Spec:
+    """Return the Spec of a weight with these logical axes and sizes, as it is stored.
+
+    Raises:
+        RuleError: a missing rule, a collision, or a dimension that does not divide.
+    """
+    what = f"weight ({', '.join(map(str, axes))})"
+    return _split(rules, "weights", rules.weights, axes, shape, mesh, what)
+
+
 def _split(
     rules: Rules,
     name: str,
@@ -102,9 +114,10 @@ def _split(
     for axis, size, listed in zip(axes, shape, entries, strict=True):
         active = tuple(part for part in listed if sizes[part] > 1)
         ways = math.prod(sizes[part] for part in active)
+        is_repeated = axis in rules.repeat and ways % size == 0
         if size % ways and rules.uneven == "replicate":
             active = ()
-        elif size % ways:
+        elif size % ways and not is_repeated:
             over = " x ".join(f"{part}={sizes[part]}" for part in active)
             raise RuleError(
                 f"{axis} = {size} is not divisible by {over} ({what}, "

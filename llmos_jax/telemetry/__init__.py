@@ -4,7 +4,7 @@ Writing needs only the standard library; matplotlib, tensorboardX, jinja2 and ri
 imported where they are used, so that importing this package costs milliseconds.
 """
 
-from llmos_jax.telemetry.environment import environment
+from llmos_jax.telemetry.environment import environment, versions
 from llmos_jax.telemetry.figures import (
     Plot,
     loss_figure,
@@ -12,6 +12,7 @@ from llmos_jax.telemetry.figures import (
     throughput_figure,
 )
 from llmos_jax.telemetry.metrics import MetricsWriter, read_metrics
+from llmos_jax.telemetry.plan_page import page_of_front, page_of_plan
 from llmos_jax.telemetry.progress import TrainProgress, log
 from llmos_jax.telemetry.report import write_report
 
@@ -23,7 +24,10 @@ __all__ = [
     "log",
     "loss_figure",
     "memory_figure",
+    "page_of_front",
+    "page_of_plan",
     "read_metrics",
     "throughput_figure",
+    "versions",
     "write_report",
 ]

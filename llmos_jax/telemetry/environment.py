@@ -30,6 +30,13 @@ def environment() -> dict[str, str]:
     return {name: text for name, text in found.items() if text}
 
 
+def versions() -> dict[str, str]:
+    """Versions of what decides and compiles a plan; what is not there is left out."""
+    names = ("jax", "jaxlib", "libtpu", "llmos_jax")
+    found = {name: _version(name) for name in names}
+    return {name: text for name, text in found.items() if text}
+
+
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()

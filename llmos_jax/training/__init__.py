@@ -4,9 +4,14 @@ from llmos_jax.training.conduct import conduct
 from llmos_jax.training.evaluate import Score, score_step, total_score
 from llmos_jax.training.folder import RunFolder, open_folder
 from llmos_jax.training.loop import Hooks, Outcome, Pace, run
-from llmos_jax.training.loss import token_losses
+from llmos_jax.training.loss import tiled_loss, token_losses
 from llmos_jax.training.optimizer import learning_rate, make_optimizer
-from llmos_jax.training.session import Session, bits_per_byte, open_session
+from llmos_jax.training.session import (
+    Session,
+    bits_per_byte,
+    lower_train_step,
+    open_session,
+)
 from llmos_jax.training.step import TrainState, init_state, mean_loss, train_step
 from llmos_jax.training.summary import summarise
 
@@ -22,6 +27,7 @@ __all__ = [
     "conduct",
     "init_state",
     "learning_rate",
+    "lower_train_step",
     "make_optimizer",
     "mean_loss",
     "open_folder",
@@ -29,6 +35,7 @@ __all__ = [
     "run",
     "score_step",
     "summarise",
+    "tiled_loss",
     "token_losses",
     "total_score",
     "train_step",

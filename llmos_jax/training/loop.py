@@ -185,6 +185,8 @@ class _Recorder:
             "step_s": step_s,
             "mfu": mfu,
         }
+        others = {name: float(fetch(x)) for name, x in metrics.items()}
+        row = {**others, **row}
         self._watch.check(step, loss, grad_norm, self._hooks.last_saved)
         figures = evaluate() if evaluate else {}
         if figures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from llmos_jax.config.schema import TrainSection
@@ -22,10 +23,11 @@ def learning_rate(config: TrainSection) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: TrainSection, table: ParamTable
+    config: TrainSection, table: ParamTable, state_dtype: str = "float32"
 ) -> optax.GradientTransformation:
     """Return clip -> Adam -> decoupled weight decay -> learning rate.
 
+    The moments are computed in float32 and kept in `state_dtype` between steps.
     Decay touches matrices only: a norm's scale has nothing to be regularised towards 0.
     """
     decayed = {row.path: "norm" not in row.axes for row in table.rows}
@@ -36,6 +38,15 @@ def make_optimizer(
         optax.scale_by_learning_rate(learning_rate(config)),
     )
 
+    def kept(state: optax.OptState, dtype: str) -> optax.OptState:
+        return jax.tree.map(
+            lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            state,
+        )
+
+    def init(params: optax.Params) -> optax.OptState:
+        return kept(inner.init(params), state_dtype)
+
     def update(
         gradients: optax.Updates,
         state: optax.OptState,
@@ -43,6 +54,7 @@ def make_optimizer(
     ) -> tuple[optax.Updates, optax.OptState]:
         # Optax mixes its int32 step count with floats, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
-            return inner.update(gradients, state, params)
+            updates, state = inner.update(gradients, kept(state, "float32"), params)
+        return updates, kept(state, state_dtype)
 
-    return optax.GradientTransformation(inner.init, update)
+    return optax.GradientTransformation(init, update)

@@ -18,8 +18,9 @@ import optax
 from jax.sharding import Mesh
 
 from llmos_jax.checkpoint import CheckpointStore, check_same_model
-from llmos_jax.config.schema import RunConfig
+from llmos_jax.config.schema import RunConfig, TrainSection
 from llmos_jax.data import TokenFile, TrainBatches, evaluation_batches
+from llmos_jax.errors import LowerError
 from llmos_jax.ir import Plan
 from llmos_jax.lowering import (
     Program,
@@ -36,6 +37,7 @@ from llmos_jax.lowering import (
 from llmos_jax.models import Params, Skeleton
 from llmos_jax.training.evaluate import Score, score_step, total_score
 from llmos_jax.training.optimizer import make_optimizer
+from llmos_jax.training.router import RouterWeights
 from llmos_jax.training.step import Batch, TrainState, init_state, train_step
 
 
@@ -124,49 +126,64 @@ def open_session(skeleton: Skeleton, plan: Plan, config: RunConfig) -> Session:
         LowerError: the devices are not those the plan is for.
     """
     mesh = device_mesh(plan)
-    optimizer = make_optimizer(config.train, skeleton.table)
-    shape = jax.eval_shape(
-        functools.partial(init_state, skeleton, optimizer, config.run.seed)
-    )
-    state_shape = abstract(shape, like_params(shape, plan, mesh))
-    step = train_step(
-        skeleton,
-        optimizer,
-        compute_dtype=config.train.compute_dtype,
-        remat=plan.remat,
-        microbatches=plan.microbatches,
-        unroll=plan.chosen.unrolled,
-    )
-    size = (plan.workload.global_batch, plan.workload.seq_len)
-    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(plan, mesh))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shape)
-    whole = replicated(mesh)
-    program = lower(
-        "train_step",
-        step,
-        plan,
-        mesh,
-        (state_shape, {"inputs": tokens, "targets": tokens}),
-        out_shardings=(shardings, {"loss": whole, "grad_norm": whole}),
-        donate=(0,),
-    )
+    program = lower_train_step(skeleton, plan, config.train, mesh)
     scorer = lower(
         "score_step",
         score_step(skeleton, compute_dtype=config.train.compute_dtype),
         plan,
         mesh,
         (),
-        out_shardings=whole,
+        out_shardings=replicated(mesh),
     )
     return Session(
         skeleton=skeleton,
         plan=plan,
         config=config,
         mesh=mesh,
-        optimizer=optimizer,
-        state_shape=state_shape,
+        optimizer=make_optimizer(config.train, skeleton.table, plan.way.state_dtype),
+        state_shape=program.arguments[0],
         program=program,
         scorer=scorer,
+    )
+
+
+def lower_train_step(
+    skeleton: Skeleton, plan: Plan, config: TrainSection, mesh: Mesh
+) -> Program:
+    """Lower the training step of a plan for a mesh, whose devices need not be here.
+
+    Raises:
+        LowerError: the plan uses a mesh axis that no program here runs on.
+    """
+    for axis in ("stage", "context", "expert"):
+        if plan.mesh.sizes[axis] > 1:
+            raise LowerError(
+                f"the plan has {axis}={plan.mesh.sizes[axis]}, which is planned and "
+                "not yet run: training splits over data, fsdp and tensor. Set "
+                f"plan.mesh.{axis}=1."
+            )
+    optimizer = make_optimizer(config, skeleton.table, plan.way.state_dtype)
+    shape = jax.eval_shape(functools.partial(init_state, skeleton, optimizer, 0))
+    state_shape = abstract(shape, like_params(shape, plan, mesh))
+    step = train_step(
+        *(skeleton, optimizer),
+        compute_dtype=config.compute_dtype,
+        way=plan.way,
+        router_weights=RouterWeights(
+            balance=config.router_balance_weight, z=config.router_z_weight
+        ),
+    )
+    size = (plan.workload.global_batch, plan.workload.seq_len)
+    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(plan, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shape)
+    return lower(
+        "train_step",
+        step,
+        plan,
+        mesh,
+        (state_shape, {"inputs": tokens, "targets": tokens}),
+        out_shardings=(shardings, replicated(mesh)),
+        donate=(0,),
     )
 
 

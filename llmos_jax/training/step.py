@@ -12,11 +12,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llmos_jax.models import Params, Skeleton
-from llmos_jax.training.loss import token_losses
+from llmos_jax.ir import Way
+from llmos_jax.models import Params, Routing, Skeleton
+from llmos_jax.training.loss import tiled_loss, token_losses
+from llmos_jax.training.router import (
+    NO_ROUTER_LOSS,
+    ROUTER_METRICS,
+    RouterWeights,
+    router_losses,
+)
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Values = tuple[jax.Array, Metrics]
+"""The loss, and what else a step is measured by."""
 
 
 class TrainState(NamedTuple):
@@ -41,14 +50,10 @@ def mean_loss(
     batch: Batch,
     *,
     compute_dtype: str,
-    remat: str,
-    unroll: bool = False,
+    way: Way,
 ) -> jax.Array:
     """Mean next-token loss of a batch, in nats, with weights cast to compute_dtype."""
-    cast = {path: value.astype(compute_dtype) for path, value in params.items()}
-    model = skeleton.bind(cast)
-    features_BTD, _ = model.features(batch["inputs"], remat=remat, unroll=unroll)
-    return jnp.mean(token_losses(model.logits(features_BTD), batch["targets"]))
+    return _mean_loss(skeleton, params, batch, compute_dtype, way)[0]
 
 
 def train_step(
@@ -56,45 +61,78 @@ def train_step(
     optimizer: optax.GradientTransformation,
     *,
     compute_dtype: str,
-    remat: str,
-    microbatches: int,
-    unroll: bool = False,
+    way: Way,
+    router_weights: RouterWeights = NO_ROUTER_LOSS,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Return the function (state, batch) -> (state, metrics)."""
+    """Return the function (state, batch) -> (state, metrics) that runs `way`.
 
-    def loss(params: Params, batch: Batch) -> jax.Array:
-        return mean_loss(
-            skeleton,
-            params,
-            batch,
-            compute_dtype=compute_dtype,
-            remat=remat,
-            unroll=unroll,
-        )
+    The metrics of a model with experts have its routers' beside `loss`, which is that
+    of the next token alone.
+    """
+
+    def objective(params: Params, batch: Batch) -> tuple[jax.Array, Values]:
+        loss, routing = _mean_loss(skeleton, params, batch, compute_dtype, way)
+        if routing is None:
+            return loss, (loss, {})
+        extra, figures = router_losses(routing, router_weights)
+        return loss + extra, (loss, figures)
+
+    def value_and_grad(params: Params, batch: Batch) -> tuple[Values, Params]:
+        both = jax.value_and_grad(objective, has_aux=True)
+        (_, values), gradients = both(params, batch)
+        return values, gradients
+
+    figures = ROUTER_METRICS if skeleton.spec.num_experts else ()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        value, gradients = accumulated(
-            jax.value_and_grad(loss), state.params, batch, microbatches
+        zero = jnp.zeros((), jnp.float32)
+        (loss, others), gradients = accumulated(
+            value_and_grad,
+            *(state.params, batch, way),
+            nothing=(zero, dict.fromkeys(figures, zero)),
         )
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **others}
         return TrainState(state.step + 1, params, moments), metrics
 
     return step
 
 
+def _mean_loss(
+    skeleton: Skeleton, params: Params, batch: Batch, compute_dtype: str, way: Way
+) -> tuple[jax.Array, Routing | None]:
+    """`mean_loss`, and what each layer's router did."""
+    cast = {path: value.astype(compute_dtype) for path, value in params.items()}
+    model = skeleton.bind(cast)
+    features_BTD, _, routing = model.routed_features(
+        batch["inputs"], remat=way.remat, offload=way.offload, unroll=way.unrolled
+    )
+    if way.loss_tiles > 1:
+        kernel, axes = model.head_kernel()
+        loss = tiled_loss(
+            features_BTD, kernel, batch["targets"], axes, way.loss_tiles, way.loss_over
+        )
+    else:
+        logits_BTV = model.logits(features_BTD)
+        loss = jnp.mean(token_losses(logits_BTV, batch["targets"]))
+    return loss, routing
+
+
 def accumulated(
-    value_and_grad: Callable[[Params, Batch], tuple[jax.Array, Params]],
+    value_and_grad: Callable[[Params, Batch], tuple[Any, Params]],
     params: Params,
     batch: Batch,
-    microbatches: int,
-) -> tuple[jax.Array, Params]:
+    way: Way,
+    nothing: Any = None,
+) -> tuple[Any, Params]:
     """Mean value and gradient over M equal parts of the batch, one after another.
 
     Row b goes to part b mod M, so each part keeps an equal share of every device's rows
-    and no row moves.
+    and no row moves. A value is a float32 scalar, or a tree of them with zeros like
+    `nothing`.
     """
+    microbatches = way.microbatches
     if microbatches == 1:
         return value_and_grad(params, batch)
 
@@ -102,11 +140,19 @@ def accumulated(
         B, T = x_BT.shape
         return x_BT.reshape(B // microbatches, microbatches, T).swapaxes(0, 1)
 
-    def add(
-        total: tuple[jax.Array, Params], part: Batch
-    ) -> tuple[tuple[jax.Array, Params], None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
+    def add(total: tuple[Any, Params], part: Batch) -> tuple[tuple[Any, Params], None]:
+        value = jax.tree.map(
+            lambda sum_, x: sum_ + x.astype(sum_.dtype),
+            total,
+            value_and_grad(params, part),
+        )
+        return value, None
 
-    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    dtype = jnp.dtype(way.gradient_dtype)
+    zero = (
+        jnp.zeros((), jnp.float32) if nothing is None else nothing,
+        jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params),
+    )
     total, _ = jax.lax.scan(add, zero, jax.tree.map(parts, batch))
-    return jax.tree.map(lambda x: x / microbatches, total)
+    mean = jax.tree.map(lambda x: x / microbatches, total)
+    return mean[0], jax.tree.map(lambda x, p: x.astype(p.dtype), mean[1], params)

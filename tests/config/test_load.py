@@ -7,10 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from llmos_jax.config import RunConfig, load_config, load_model, model_names, to_toml
+from llmos_jax.config import (
+    RunConfig,
+    load_config,
+    load_model,
+    load_prices,
+    model_names,
+    to_toml,
+)
 from llmos_jax.config.build import build
 from llmos_jax.errors import ConfigError
+from llmos_jax.hardware import CHIPS
 from llmos_jax.places import data_folder
+
+PRICES = data_folder("configs") / "prices.toml"
 
 
 def test_expanded_toml_reads_back_as_the_same_config() -> None:
@@ -34,9 +44,10 @@ def test_every_model_file_is_a_model(name: str) -> None:
     assert spec.num_params > 0
 
 
-@pytest.mark.parametrize(
-    "path", sorted(data_folder("configs").glob("*.toml")), ids=lambda path: path.stem
-)
+RUNS = sorted(set(data_folder("configs").glob("*.toml")) - {PRICES})
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_config_file_is_a_config(path: Path) -> None:
     assert load_config(str(path)).config.model
 
@@ -106,6 +117,19 @@ def test_model_with_unequal_head_groups_is_refused(tmp_path: Path) -> None:
     path.write_text(text.replace("num_heads = 8", "num_heads = 6", 1))
     with pytest.raises(ConfigError, match="num_heads = 6 is not a multiple of"):
         load_model(str(path))
+
+
+def test_the_price_list_covers_every_tpu() -> None:
+    prices = load_prices()
+    tpus = {name for name, chip in CHIPS.items() if chip.vendor == "tpu"}
+    assert tpus <= prices.usd_per_chip_hour.keys() <= CHIPS.keys()
+    assert "list prices" in prices.source
+
+
+def test_a_price_list_is_no_run_to_be_suggested() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("zzz")
+    assert "prices" not in str(caught.value) and "quickstart" in str(caught.value)
 
 
 def _literally(text: str) -> str:

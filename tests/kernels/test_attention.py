@@ -1,4 +1,4 @@
-"""Laws of attention, over every implementation."""
+"""Laws of attention, over every implementation; `splash` in Pallas's interpreter."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llmos_jax.errors import ConfigError, LowerError
 from llmos_jax.kernels.attention import (
+    CONTEXT,
     IMPLEMENTATIONS,
     attention,
+    blocked,
     cpu,
     reference,
     rotary_attention,
     rotate,
+    splash,
 )
+from llmos_jax.kernels.attention.api import _fastest
+from llmos_jax.kernels.target import Target, lowered_for
 
 SHAPES = [(2, 16, 16, 4, 2, 8), (1, 1, 24, 8, 1, 16), (2, 7, 13, 3, 3, 4)]
 """B, T, S, N, K, H: training, decoding, a chunk in the middle."""
@@ -35,9 +41,19 @@ ODD_SHAPES = [
 ]
 """Several blocks and panels of cpu.cc, multiples of none; G = 3, 1, 5, 1."""
 
+WHOLE = [(2, 16, 4, 2, 8), (1, 150, 6, 2, 20), (2, 65, 4, 4, 32), (1, 1100, 2, 1, 16)]
+"""B, T, N, K, H of whole sequences; the last is three blocks of `blocked`."""
+
 RELATIVE = 1e-5
 """Of the largest entry, in float32: sums of some hundred terms in another order, and a
 polynomial for exp, differ by 2e-6 at most over these shapes."""
+
+ABSOLUTE = 1e-6
+"""Beside entries of about 1: what two equal products may leave where one key is seen
+and the gradients of q and k are 0."""
+
+BFLOAT16_RELATIVE = 2e-2
+"""Of the largest entry: weights and output are rounded to 8 bits, two to four times."""
 
 Attend = Callable[..., jax.Array]
 
@@ -45,9 +61,19 @@ Attend = Callable[..., jax.Array]
 @pytest.fixture(params=sorted(IMPLEMENTATIONS))
 def implementation(request: pytest.FixtureRequest) -> str:
     """Each implementation; skipped, with the reason, where it cannot be had."""
-    if request.param == "cpu" and (reason := cpu.unavailable()):
+    return available(request.param)
+
+
+@pytest.fixture(params=sorted(IMPLEMENTATIONS.keys() - {"splash"}))
+def positioned(request: pytest.FixtureRequest) -> str:
+    """Each implementation that takes positions."""
+    return available(request.param)
+
+
+def available(name: str) -> str:
+    if name == "cpu" and (reason := cpu.unavailable()):
         pytest.skip(reason)
-    return request.param
+    return name
 
 
 def inputs(shape: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, ...]:
@@ -72,93 +98,148 @@ def angles(B: int, T: int, H: int, key: jax.Array) -> tuple[jax.Array, jax.Array
 
 def results(attend: Attend, *arrays: jax.Array) -> list[jax.Array]:
     """The output, and the gradients of q, k and v."""
-    *operands, dout = arrays
-    out, pull = jax.vjp(attend, *operands)
-    return [out, *pull(dout)]
+
+    @jax.jit
+    def run(*arrays: jax.Array) -> list[jax.Array]:
+        *operands, dout = arrays
+        out, pull = jax.vjp(attend, *operands)
+        return [out, *pull(dout)]
+
+    return run(*arrays)
 
 
-def assert_close(got: list[jax.Array], expected: list[jax.Array]) -> None:
+def assert_close(
+    got: list[jax.Array], expected: list[jax.Array], relative: float = RELATIVE
+) -> None:
     for a, b in zip(got, expected, strict=True):
         scale = float(jnp.max(jnp.abs(b)))
-        np.testing.assert_allclose(a, b, rtol=0, atol=RELATIVE * scale + 1e-30)
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32), b, rtol=0, atol=relative * scale + ABSOLUTE
+        )
+
+
+def definition(q, k, v, position) -> np.ndarray:
+    """Written once more, in float64 and loops."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    B, T, N, H = q.shape
+    out, G = np.zeros((B, T, N, H)), N // k.shape[2]
+    for b, t, n in np.ndindex(B, T, N):
+        seen = int(position[b, t]) + 1
+        weights = np.exp(k[b, :seen, n // G] @ q[b, t, n] / np.sqrt(H))
+        out[b, t, n] = weights / weights.sum() @ v[b, :seen, n // G]
+    return out
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_is_the_weighted_mean_of_visible_values(
-    implementation: str, shape: tuple[int, ...], key: jax.Array
+    positioned: str, shape: tuple[int, ...], key: jax.Array
 ) -> None:
-    B, T, _, N, K, H = shape
     q, k, v, _ = inputs(shape, key)
     position = last_positions(shape)
-    got = attention(q, k, v, position, implementation=implementation)
-    expected = np.zeros((B, T, N, H))
-    for b, t, n in np.ndindex(B, T, N):
-        seen = int(position[b, t]) + 1
-        scores = np.asarray(k[b, :seen, n // (N // K)]) @ np.asarray(q[b, t, n])
-        weights = np.exp(scores / np.sqrt(H))
-        expected[b, t, n] = weights / weights.sum() @ v[b, :seen, n // (N // K)]
+    got = attention(q, k, v, position, implementation=positioned)
+    expected = definition(q, k, v, position)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_masked_slots_may_hold_anything(implementation: str, key: jax.Array) -> None:
+@pytest.mark.parametrize("shape", WHOLE[:3])
+def test_without_positions_query_t_stands_at_t(
+    implementation: str, shape: tuple[int, ...], key: jax.Array
+) -> None:
+    q, k, v, _ = inputs(square(shape), key)
+    got = attention(q, k, v, None, implementation=implementation)
+    expected = definition(q, k, v, last_positions(square(shape)))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def square(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """As many keys as queries."""
+    B, T, N, K, H = shape
+    return B, T, T, N, K, H
+
+
+def test_masked_slots_may_hold_anything(positioned: str, key: jax.Array) -> None:
     q = jax.random.normal(key, (1, 2, 2, 4))
     k = v = jax.random.normal(key, (1, 6, 2, 4))
     position = jnp.array([[2, 3]])
-    clean = attention(q, k, v, position, implementation=implementation)
+    clean = attention(q, k, v, position, implementation=positioned)
     dirty_k, dirty_v = k.at[:, 4:].set(1e30), v.at[:, 4:].set(1e30)
-    dirty = attention(q, dirty_k, dirty_v, position, implementation=implementation)
+    dirty = attention(q, dirty_k, dirty_v, position, implementation=positioned)
     np.testing.assert_array_equal(clean, dirty)
 
 
+def test_no_output_depends_on_later_tokens(implementation: str, key: jax.Array) -> None:
+    q, k, v, _ = inputs((1, 300, 300, 4, 2, 16), key)
+    attend = functools.partial(attention, implementation=implementation)
+    clean = attend(q, k, v, None)
+    dirty = attend(q, k.at[:, 140:].set(1e30), v.at[:, 140:].set(1e30), None)
+    np.testing.assert_array_equal(clean[:, :140], dirty[:, :140])
+
+
+def test_sequences_do_not_see_one_another(implementation: str, key: jax.Array) -> None:
+    arrays = inputs((3, 130, 130, 4, 2, 16), key)
+    attend = functools.partial(attention, implementation=implementation)
+    together = results(lambda q, k, v: attend(q, k, v, None), *arrays)
+    alone = results(lambda q, k, v: attend(q, k, v, None), *(x[1:2] for x in arrays))
+    assert_close([x[1:2] for x in together], alone)
+
+
 @pytest.mark.parametrize("where", ["last", "anywhere"])
-@pytest.mark.parametrize("shape", SHAPES + ODD_SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *ODD_SHAPES, (1, 600, 1100, 2, 1, 8)])
 def test_output_and_gradients_equal_the_reference(
-    implementation: str, shape: tuple[int, ...], where: str, key: jax.Array
+    positioned: str, shape: tuple[int, ...], where: str, key: jax.Array
 ) -> None:
     position = last_positions(shape)
     if where == "anywhere":
         position = jax.random.randint(key, shape[:2], 0, shape[2])
     arrays = inputs(shape, key)
     got = results(
-        lambda q, k, v: attention(q, k, v, position, implementation=implementation),
+        lambda q, k, v: attention(q, k, v, position, implementation=positioned),
         *arrays,
     )
     expected = results(lambda q, k, v: reference.attention(q, k, v, position), *arrays)
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 4, 2, 8), (1, 150, 6, 2, 20)])
+@pytest.mark.parametrize("shape", WHOLE)
 def test_rotary_attention_is_rotation_then_attention(
     implementation: str, shape: tuple[int, ...], key: jax.Array
 ) -> None:
     B, T, N, K, H = shape
-    arrays = inputs((B, T, T, N, K, H), key)
-    position = last_positions((B, T, T))
+    arrays = inputs(square(shape), key)
     cos_sin = angles(B, T, H, key)
     got = results(
         lambda q, k, v: rotary_attention(
-            q, k, v, position, cos_sin, implementation=implementation
+            q, k, v, None, cos_sin, implementation=implementation
         ),
         *arrays,
     )
     expected = results(
         lambda q, k, v: reference.attention(
-            rotate(q, cos_sin), rotate(k, cos_sin), v, position
+            rotate(q, cos_sin), rotate(k, cos_sin), v, last_positions(square(shape))
         ),
         *arrays,
     )
     assert_close(got, expected)
 
 
+@pytest.mark.parametrize("name", ["blocked", "reference", "splash"])
+def test_bfloat16_is_as_near_as_bfloat16_can_be(name: str, key: jax.Array) -> None:
+    shape = (1, 260, 260, 4, 2, 64)
+    half = [x.astype(jnp.bfloat16) for x in inputs(shape, key)]
+    single = [x.astype(jnp.float32) for x in half]
+    got = results(lambda q, k, v: attention(q, k, v, None, implementation=name), *half)
+    expected = results(lambda q, k, v: reference.attention(q, k, v, None), *single)
+    assert all(x.dtype == jnp.bfloat16 for x in got)
+    assert_close(got, expected, BFLOAT16_RELATIVE)
+
+
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_large_logits_do_not_overflow(
     implementation: str, size: float, key: jax.Array
 ) -> None:
-    shape = (1, 70, 300, 2, 1, 16)
-    q, k, v, dout = inputs(shape, key)
-    position = last_positions(shape)
+    q, k, v, dout = inputs((1, 300, 300, 2, 1, 16), key)
     got = results(
-        lambda q, k, v: attention(q, k, v, position, implementation=implementation),
+        lambda q, k, v: attention(q, k, v, None, implementation=implementation),
         *(size * q, k, v, dout),
     )
     for array in got:
@@ -191,22 +272,112 @@ def test_transforms_change_nothing(
     shape = (1, 70, 70, 4, 2, 16)
     arrays = inputs(shape, key)
     attend = functools.partial(attention, implementation=implementation)
-    position = last_positions(shape)
-    got = results(transform(lambda q, k, v: attend(q, k, v, position)), *arrays)
-    expected = results(lambda q, k, v: attend(q, k, v, position), *arrays)
+    got = results(transform(lambda q, k, v: attend(q, k, v, None)), *arrays)
+    expected = results(lambda q, k, v: attend(q, k, v, None), *arrays)
     assert_close(got, expected)
 
 
 def test_two_runs_give_the_same_bits(implementation: str, key: jax.Array) -> None:
-    shape = (2, 130, 130, 4, 2, 16)
-    position = last_positions(shape)
     attend = functools.partial(attention, implementation=implementation)
-    arrays = inputs(shape, key)
+    arrays = inputs((2, 130, 130, 4, 2, 16), key)
     once, again = (
-        results(lambda q, k, v: attend(q, k, v, position), *arrays) for _ in range(2)
+        results(lambda q, k, v: attend(q, k, v, None), *arrays) for _ in range(2)
     )
     for a, b in zip(once, again, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def count_of(primitive: str, jaxpr: jax.extend.core.Jaxpr) -> int:
+    """How often a primitive stands in a jaxpr; in a loop once."""
+    count = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == primitive:
+            count += 1
+            continue
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            count += count_of(primitive, inner)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("name", "primitive", "forward", "backward"),
+    [
+        ("blocked", "dot_general", 2, 6),
+        ("cpu", "ffi_call", 1, 1),
+    ],
+)
+def test_a_saved_context_spares_the_forward_pass(
+    name: str, primitive: str, forward: int, backward: int
+) -> None:
+    attend = functools.partial(attention, implementation=available(name))
+    x = jnp.zeros((1, 256, 2, 32))
+
+    def count(policy: Callable[..., bool]) -> int:
+        body = jax.checkpoint(lambda x: attend(2 * x, x, x, None), policy=policy)
+        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(body(x))))
+        return count_of(primitive, jax.make_jaxpr(gradient)(x).jaxpr)
+
+    save = jax.checkpoint_policies.save_only_these_names(CONTEXT)
+    assert count(save) == forward + backward
+    assert count(jax.checkpoint_policies.nothing_saveable) == 2 * forward + backward
+
+
+@pytest.mark.parametrize(
+    ("target", "T", "whole", "expected"),
+    [
+        (Target("tpu", 256), 8192, True, "splash"),
+        (Target("tpu", 1), 8192, True, "splash"),
+        (Target("tpu", 256), 8192, False, "blocked"),
+        (Target("tpu", 256), 128, True, "reference"),
+        (Target("tpu", 256), 1, False, "reference"),
+        (Target("gpu", 8), 8192, True, "blocked"),
+        (Target("cpu", 8), 8192, True, "blocked"),
+        (Target("cpu", 8), 512, True, "reference"),
+        (Target("cpu", 1), 8192, True, "cpu"),
+    ],
+)
+def test_the_target_decides(target: Target, T: int, whole: bool, expected: str) -> None:
+    available(expected)
+    x = jax.ShapeDtypeStruct((1, T, 8, 128), jnp.float32)
+    position = None if whole else jax.ShapeDtypeStruct((1, T), jnp.int32)
+    with lowered_for(target):
+        assert _fastest(x, x, x, position) == expected
+
+
+def test_splash_refuses_positions_and_a_cache(key: jax.Array) -> None:
+    q, k, v, _ = inputs((1, 16, 24, 2, 1, 16), key)
+    with pytest.raises(LowerError, match="16 queries, 24 keys and no positions"):
+        attention(q, k, v, None, implementation="splash")
+
+
+@pytest.mark.parametrize(
+    ("T", "row_bytes", "block"),
+    [(8192, 256, 1024), (8192, 1024, 512), (1500, 256, 512), (1040, 256, 128)],
+)
+def test_splash_picks_blocks(T: int, row_bytes: int, block: int) -> None:
+    assert splash._block(T, row_bytes) == block
+
+
+def test_splash_masks_equal_those_the_library_makes() -> None:
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    sizes = library.splash_attention_kernel.BlockSizes(*[128] * 8)
+    made = library.make_splash_mha(
+        library.MultiHeadMask([library.CausalMask((512, 512))] * 2),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=sizes,
+    )
+    ours = splash._kernel(512, 128)
+    assert ours.kwargs["block_sizes"] == sizes
+    for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(ours, name), getattr(made, name)
+        )
+
+
+def test_blocked_splits_evenly() -> None:
+    assert [blocked._block(T, 8) for T in (1, 512, 513, 1100)] == [8, 512, 264, 368]
 
 
 _DIGEST = """

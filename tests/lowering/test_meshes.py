@@ -14,6 +14,7 @@ from llmos_jax.config import load_config
 from llmos_jax.data import TokenFile, TrainBatches
 from llmos_jax.driver import plan as plan_of
 from llmos_jax.errors import NoFeasiblePlan
+from llmos_jax.ir import Way
 from llmos_jax.lowering import fetch
 
 B, T, STEPS = 16, 32, 10
@@ -83,9 +84,7 @@ def one_device_losses(tiny, tokens):
     config = load_config(None, SETTINGS).config
     optimizer = training.make_optimizer(config.train, skeleton.table)
     step = jax.jit(
-        training.train_step(
-            skeleton, optimizer, compute_dtype="float32", remat="none", microbatches=1
-        )
+        training.train_step(skeleton, optimizer, compute_dtype="float32", way=Way())
     )
     state = training.init_state(skeleton, optimizer, config.run.seed)
     found = []

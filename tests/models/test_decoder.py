@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from llmos_jax.config import load_model
-from llmos_jax.ir import ModelSpec, RopeScaling
-from llmos_jax.models import REMAT_POLICIES, empty_cache, param_table, skeleton
+from llmos_jax.ir import REMATS, ModelSpec, RopeScaling, Way
+from llmos_jax.models import empty_cache, param_table, skeleton
 from llmos_jax.training import mean_loss
 
 
@@ -57,7 +57,7 @@ def test_logits_depend_on_no_later_token(tiny: ModelSpec, key: jax.Array) -> Non
     assert reach_T[5] > 0 and reach_T[0] > 0
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
+@pytest.mark.parametrize("remat", [name for name in REMATS if name != "none"])
 def test_remat_changes_no_gradient(tiny: ModelSpec, key: jax.Array, remat: str) -> None:
     found = skeleton(tiny)
     params = found.init(key)
@@ -67,7 +67,7 @@ def test_remat_changes_no_gradient(tiny: ModelSpec, key: jax.Array, remat: str) 
     def gradient(policy: str) -> dict[str, jax.Array]:
         def loss(params: dict[str, jax.Array]) -> jax.Array:
             return mean_loss(
-                found, params, batch, compute_dtype="float32", remat=policy
+                found, params, batch, compute_dtype="float32", way=Way(remat=policy)
             )
 
         return jax.jit(jax.grad(loss))(params)

@@ -45,7 +45,7 @@ def test_dots_policy_saves_projections_and_nothing_else(key: jax.Array) -> None:
     w = jax.random.normal(key, (4, 4))
 
     def layer(x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(project(jnp.cos(x), w)))
+        return jnp.sum(jnp.sin(project(jnp.cos(x), w, name="query")))
 
     x = jax.random.normal(key, (2, 3, 4))
     jaxpr = str(jax.make_jaxpr(jax.grad(rematerialised(layer, "dots")))(x))

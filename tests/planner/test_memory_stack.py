@@ -4,21 +4,73 @@ import pytest
 from llama_table import table_of
 
 from llmos_jax.hardware import parse_topology
-from llmos_jax.ir import MeshShape, Workload
-from llmos_jax.planner import memory
-from llmos_jax.planner.candidates import Way
+from llmos_jax.ir import MeshShape, Way, Workload
 from llmos_jax.planner.layout import lay_out
 from llmos_jax.planner.memory import budget, memory_of
 from llmos_jax.planner.sizes import sizes_of
 from llmos_jax.rules import load_rules
-from llmos_jax.units import GIB
 
 
-def stack(model, work, remat="full", microbatches=1, **axes):
+def stack(model, work, way=None, topology="v5p:2x2x2", **axes):
     table, mesh = table_of(model), MeshShape(**axes)
-    layout = lay_out(table, load_rules("llama"), sizes_of(table), work, mesh)
-    way = Way(mesh=mesh, remat=remat, microbatches=microbatches)
-    return memory_of(layout, way, sizes_of(table), work)
+    rules = load_rules("llama", work.phase)
+    layout = lay_out(table, rules, sizes_of(table), work, mesh)
+    machine = parse_topology(topology)
+    return memory_of(layout, way or Way(remat="full"), sizes_of(table), machine, work)
+
+
+# The compiler's total (libtpu 0.0.42.1, jax 0.10.2) of our own train step:
+# tools/bench/planner_memory.py. Model, topology, global batch, sequence, way, mesh.
+COMPILED = [
+    (
+        *("llama3_70b", "v5p:4x4x4", 128, 4096),
+        Way(remat="full", loss_tiles=8, loss_over="vocab"),
+        {"fsdp": 64},
+        32.81e9,
+    ),
+    (
+        *("llama3_8b", "v6e:2x4", 24, 8192),
+        Way(remat="full", loss_tiles=32, loss_over="vocab"),
+        {"fsdp": 8},
+        27.36e9,
+    ),
+    (
+        *("llama3_8b", "v5p:2x2x2", 16, 4096),
+        Way(remat="attention", loss_tiles=8, loss_over="vocab"),
+        {"fsdp": 8},
+        25.14e9,
+    ),
+    (
+        *("llama3_8b", "v6e:4x4", 16, 4096),
+        Way(remat="dots", loss_tiles=8, loss_over="tokens"),
+        {"fsdp": 8, "tensor": 2},
+        22.93e9,
+    ),
+    (
+        *("qwen3_0_6b", "v6e:2x2", 16, 2048),
+        Way(remat="full", loss_tiles=16, loss_over="tokens"),
+        {"fsdp": 4},
+        3.89e9,
+    ),
+    (
+        *("llama3_2_3b", "v5p:2x2x1", 8, 4096),
+        Way(remat="none", loss_tiles=8, loss_over="vocab"),
+        {"fsdp": 4},
+        49.84e9,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "topology", "batch", "seq", "way", "axes", "compiled"), COMPILED
+)
+def test_peak_agrees_with_the_compiler(
+    model, topology, batch, seq, way, axes, compiled
+):
+    found = stack(
+        model, Workload(global_batch=batch, seq_len=seq), way, topology, **axes
+    )
+    assert sum(found.values()) == pytest.approx(compiled, rel=0.1)
 
 
 def test_parameters_and_moments_take_twelve_bytes_each():
@@ -28,54 +80,68 @@ def test_parameters_and_moments_take_twelve_bytes_each():
     assert held == pytest.approx(13.245e9, rel=0.002)
 
 
+def test_moments_in_half_precision_take_half():
+    work = Workload(global_batch=128, seq_len=4096)
+    whole = stack("llama3_70b", work, fsdp=64)
+    half = stack("llama3_70b", work, Way(remat="full", state_dtype="bfloat16"), fsdp=64)
+    assert half["optimizer"] == whole["optimizer"] / 2
+
+
 def test_full_remat_keeps_one_input_a_layer():
-    found = stack("llama3_70b", Workload(global_batch=128, seq_len=2048), fsdp=128)
-    assert found["activations"] == (80 + 1) * 2048 * 8192 * 2
+    way = Way(remat="full", loss_tiles=64, loss_over="vocab")
+    found = stack("llama3_70b", Workload(global_batch=128, seq_len=2048), way, fsdp=128)
+    assert found["activations"] == 80 * 2048 * 8192 * 2
 
 
-def test_peak_agrees_with_a_compiled_llama3_70b():
-    # A plain train step (scan, full remat, plain attention), fsdp=128, 1 x 2048 per
-    # chip, compiled for v5p:4x4x8: 15.9 GB peak.
-    found = stack("llama3_70b", Workload(global_batch=128, seq_len=2048), fsdp=128)
-    assert sum(found.values()) == pytest.approx(15.9e9, rel=0.12)
+def test_offloaded_tensors_leave_two_layers_behind():
+    work = Workload(global_batch=128, seq_len=8192)
+    way = Way(remat="full", offload=("layer_input",), loss_tiles=64, loss_over="vocab")
+    found = stack("llama3_70b", work, way, fsdp=128)
+    assert found["activations"] == 2 * 8192 * 8192 * 2
 
 
-@pytest.mark.parametrize(
-    ("model", "batch", "seq", "fsdp", "compiled"),
-    [
-        ("llama3_70b", 128, 4096, 64, 13.245e9 + 23.272e9),  # v5p:4x4x4
-        ("llama3_8b", 24, 8192, 8, 31.62 * GIB),  # v6e:2x4: does not fit, by 0.38 GiB
-    ],
-)
-def test_peak_agrees_with_maxtext(monkeypatch, model, batch, seq, fsdp, compiled):
-    # MaxText 0.2.5 train_compile, full remat; its attention works block by block.
-    monkeypatch.setattr(memory, "QUERY_BLOCK", 512)
-    found = stack(model, Workload(global_batch=batch, seq_len=seq), fsdp=fsdp)
-    assert sum(found.values()) == pytest.approx(compiled, rel=0.15)
-
-
-def test_what_does_not_fit_a_v6e_is_refused(monkeypatch):
-    monkeypatch.setattr(memory, "QUERY_BLOCK", 512)
-    found = stack("llama3_8b", Workload(global_batch=24, seq_len=8192), fsdp=8)
-    assert sum(found.values()) > budget(parse_topology("v6e:2x4"))
+def test_saved_names_add_their_widths():
+    work = Workload(global_batch=8, seq_len=16384)
+    ways = [
+        Way(remat=remat, loss_tiles=64, loss_over="vocab")
+        for remat in ("full", "query", "query,key")
+    ]
+    full, query, both = (
+        stack("llama3_8b", work, way, fsdp=8)["activations"] for way in ways
+    )
+    assert query - full == 32 * 16384 * 4096 * 2
+    assert both - query == 32 * 16384 * 1024 * 2
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 8}, {"fsdp": 4, "tensor": 2}])
 def test_saving_more_takes_more(axes):
     work = Workload(global_batch=64, seq_len=2048)
     peaks = [
-        sum(stack("llama3_8b", work, remat, **axes).values())
-        for remat in ("full", "dots", "none")
+        sum(stack("llama3_8b", work, Way(remat=remat), **axes).values())
+        for remat in ("full", "attention", "dots", "none")
     ]
-    assert peaks == sorted(peaks) and peaks[0] < peaks[2]
+    assert peaks == sorted(peaks) and peaks[0] < peaks[3]
 
 
 def test_microbatches_cut_activations():
-    work = Workload(global_batch=64, seq_len=2048)
-    whole = stack("llama3_8b", work, fsdp=8)
-    parts = stack("llama3_8b", work, microbatches=8, fsdp=8)
+    work = Workload(global_batch=64, seq_len=8192)
+    whole = stack("llama3_8b", work, Way(remat="full", loss_tiles=64), fsdp=8)
+    parts = stack(
+        "llama3_8b", work, Way(remat="full", microbatches=8, loss_tiles=64), fsdp=8
+    )
     assert parts["activations"] == pytest.approx(whole["activations"] / 8)
     assert parts["params"] == whole["params"]
+
+
+def test_tiles_of_the_vocabulary_keep_no_whole_head():
+    work = Workload(global_batch=64, seq_len=4096)
+    tokens, vocab = (
+        stack(
+            "llama3_70b", work, Way(remat="full", loss_tiles=8, loss_over=over), fsdp=64
+        )
+        for over in ("tokens", "vocab")
+    )
+    assert sum(vocab.values()) < sum(tokens.values())
 
 
 def test_replicas_hold_whole_weights():
@@ -88,9 +154,21 @@ def test_replicas_hold_whole_weights():
 def test_key_value_cache_by_hand():
     # 2 L K H S B bytes 2: 2 * 32 * 8 * 128 * 2048 * 16 * 2 = 4.29e9 over 16 devices.
     work = Workload(phase="decode", global_batch=16, seq_len=2048)
-    found = stack("llama3_8b", work, remat="none", data=2, tensor=8)
+    found = stack("llama3_8b", work, data=2, tensor=8)
     assert found["KV cache"] == 2 * 32 * 8 * 128 * 2048 * 16 * 2 / 16
 
 
+def test_int8_cache_takes_half():
+    bytes_of = {
+        dtype: stack(
+            "llama3_8b",
+            Workload(phase="decode", global_batch=16, seq_len=2048, kv_dtype=dtype),
+            tensor=8,
+        )["KV cache"]
+        for dtype in ("bfloat16", "int8")
+    }
+    assert bytes_of["int8"] == bytes_of["bfloat16"] / 2
+
+
 def test_reserve_is_left_free():
-    assert budget(parse_topology("v5e:4x4")) == pytest.approx(14.9625 * GIB)
+    assert budget(parse_topology("v5e:4x4")) == pytest.approx(14.9625 * 2**30)

@@ -64,6 +64,14 @@ def test_uneven_replicate_keeps_the_dimension_whole():
     assert specs["layers.attention.q"] == (None, None, "tensor", None)
 
 
+def test_decode_lets_devices_hold_the_same_heads():
+    rules, table = load_rules("llama", "decode"), table_of("llama3_8b")
+    specs = resolve(rules, table, MeshShape(tensor=16))
+    assert specs["layers.attention.k"] == (None, None, "tensor", None)
+    with pytest.raises(RuleError, match="kv_heads = 8 is not divisible by tensor=12"):
+        resolve(rules, table, MeshShape(tensor=12))
+
+
 def test_collision_names_both_logical_axes():
     table = one_row(("heads", "ffn"), (8, 8))
     message = r"llama.toml:\d+: mesh axis 'tensor' would split w twice, along "

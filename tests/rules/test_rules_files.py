@@ -81,6 +81,10 @@ def test_inherit_takes_the_rest_from_below(write):
         (("[activations]", "[activation]"), "unknown key 'activation'. Did you mean"),
         (("norm = []", "norm = ["), "is not TOML"),
         (
+            ("[weights]", '[decode]\nrepeat = ["head"]\n[weights]'),
+            r"toml:\d+: unknown logical axis 'head'. Did you mean 'heads'",
+        ),
+        (
             ("[weights]", "[decode.weight]\n[weights]"),
             "unknown section .decode",
         ),

@@ -18,6 +18,7 @@ from llmos_jax.ir import (
     ReportRow,
     Rules,
     Topology,
+    Way,
     Workload,
 )
 from llmos_jax.telemetry import MetricsWriter, environment, write_report
@@ -65,9 +66,7 @@ def plan(monkeypatch):
         topology=Topology(name="cpu:1", chip=chip, shape=(1,)),
         workload=Workload(global_batch=4, seq_len=128),
         rules=Rules(family="llama", weights={}, activations={}),
-        chosen=Candidate(
-            mesh=MeshShape(), microbatches=1, remat="none", predicted=estimate
-        ),
+        chosen=Candidate(way=Way(mesh=MeshShape()), predicted=estimate),
         specs={"embed": (None, None)},
     )
 

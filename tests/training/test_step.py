@@ -13,6 +13,7 @@ from conftest import FLOAT32_RELATIVE
 from llmos_jax import models, training
 from llmos_jax.config.schema import TrainSection
 from llmos_jax.data import TokenFile
+from llmos_jax.ir import Way
 from llmos_jax.training.step import accumulated
 
 B, T = 8, 16
@@ -88,15 +89,17 @@ def test_weight_decay_touches_matrices_and_leaves_norms(skeleton):
 def test_accumulated_gradients_are_those_of_the_whole_batch(
     microbatches, skeleton, batch
 ):
+    way = Way(microbatches=microbatches)
+
     def loss(params, part):
         return training.mean_loss(
-            skeleton, params, part, compute_dtype="float32", remat="none"
+            skeleton, params, part, compute_dtype="float32", way=Way()
         )
 
     params = skeleton.init(jax.random.key(0))
     value, whole = jax.jit(jax.value_and_grad(loss))(params, batch)
     summed, parts = jax.jit(
-        lambda p, b: accumulated(jax.value_and_grad(loss), p, b, microbatches)
+        lambda p, b: accumulated(jax.value_and_grad(loss), p, b, way)
     )(params, batch)
     assert float(summed) == pytest.approx(float(value), rel=FLOAT32_RELATIVE)
     for path in whole:
@@ -113,7 +116,9 @@ def test_microbatch_m_takes_the_rows_m_modulo_the_count():
     def value_and_grad(params, part):
         return jnp.sum(part["inputs"]), {"w": part["inputs"][:2, 0] * 1.0}
 
-    value, gradient = accumulated(value_and_grad, {"w": powers}, {"inputs": rows}, 4)
+    value, gradient = accumulated(
+        value_and_grad, {"w": powers}, {"inputs": rows}, Way(microbatches=4)
+    )
     assert float(value) == 28 / 4
     # parts are rows (0, 4), (1, 5), (2, 6), (3, 7): their means by place
     np.testing.assert_allclose(gradient["w"], [6 / 4, 22 / 4])
@@ -123,9 +128,7 @@ def test_a_step_lowers_the_loss_of_its_own_batch(skeleton, batch):
     config = TrainSection(steps=10, warmup_steps=0, learning_rate=1e-3)
     optimizer = training.make_optimizer(config, skeleton.table)
     step = jax.jit(
-        training.train_step(
-            skeleton, optimizer, compute_dtype="float32", remat="none", microbatches=1
-        )
+        training.train_step(skeleton, optimizer, compute_dtype="float32", way=Way())
     )
     state = training.init_state(skeleton, optimizer, 0)
     found = []

@@ -5,6 +5,6 @@ from llmos_jax.kernels.attention.api import (
     attention,
     rotary_attention,
 )
-from llmos_jax.kernels.attention.reference import rotate
+from llmos_jax.kernels.attention.reference import CONTEXT, rotate
 
-__all__ = ["IMPLEMENTATIONS", "attention", "rotary_attention", "rotate"]
+__all__ = ["CONTEXT", "IMPLEMENTATIONS", "attention", "rotary_attention", "rotate"]

@@ -3,10 +3,18 @@
 B sequences, T query tokens, S key tokens, N query heads, K key/value heads,
 H head size.
 
+The target, not this process's backend, decides (`kernels.target`). The first that
+suits is picked:
+
 | implementation | where it is picked |
 |---|---|
-| cpu | float32, the CPU backend, one device, and a C++ compiler |
+| cpu | float32, for one device of this machine's CPU, and a C++ compiler |
+| splash | for TPUs: whole sequences of at least 256 tokens, 32 <= H <= 256 |
+| blocked | more than 512 queries |
 | reference | everywhere else |
+
+In a program for many devices `splash` must see one device's part of the arrays, the
+others may: call these functions under `models.per_shard`.
 """
 
 from __future__ import annotations
@@ -16,32 +24,42 @@ from types import ModuleType
 
 import jax
 
-from llmos_jax.kernels.attention import cpu, reference
+from llmos_jax.kernels.attention import blocked, cpu, reference, splash
+from llmos_jax.kernels.target import current_target
 from llmos_jax.telemetry import log
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "splash": splash,
+    "blocked": blocked,
+    "reference": reference,
+}
 
 
 def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    position_BT: jax.Array,
+    position_BT: jax.Array | None,
     *,
     implementation: str | None = None,
 ) -> jax.Array:
     """Attend each query to the keys at or before its position.
 
     Key `s` is visible to a query at position `p` if and only if `s <= p`. In training
-    `position = arange(T)`; with a KV cache it is where the query stands in the cache.
+    query `t` stands at `t`; with a KV cache it is where the query stands in the cache.
     Every query must see a key (`p >= 0`): what comes out for one that sees none is
     finite, but differs between implementations.
+
+    The output, and the log-sum-exp where an implementation has one, are named CONTEXT
+    for remat policies.
 
     Args:
         q_BTNH: queries, rotated; scaled by H**-0.5 here.
         k_BSKH: keys, rotated. N must be a multiple of K.
         v_BSKH: values.
-        position_BT: int32 position of each query among the S keys.
+        position_BT: int32 position of each query among the S keys. None: query `t` at
+            `t`, known to the compiler; some implementations need that.
         implementation: a name in IMPLEMENTATIONS; None picks the fastest here.
 
     Returns:
@@ -49,16 +67,19 @@ def attention(
     """
     assert q_BTNH.shape[2] % k_BSKH.shape[2] == 0, (q_BTNH.shape, k_BSKH.shape)
     assert k_BSKH.shape == v_BSKH.shape, (k_BSKH.shape, v_BSKH.shape)
-    assert position_BT.shape == q_BTNH.shape[:2], (position_BT.shape, q_BTNH.shape)
-    chosen = IMPLEMENTATIONS[implementation or _fastest(q_BTNH, k_BSKH, v_BSKH)]
-    return chosen.attention(q_BTNH, k_BSKH, v_BSKH, position_BT)
+    _check_position(q_BTNH, position_BT)
+    name = implementation or _fastest(q_BTNH, k_BSKH, v_BSKH, position_BT)
+    out_BTNH: jax.Array = IMPLEMENTATIONS[name].attention(
+        q_BTNH, k_BSKH, v_BSKH, position_BT
+    )
+    return out_BTNH
 
 
 def rotary_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    position_BT: jax.Array,
+    position_BT: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
     *,
     implementation: str | None = None,
@@ -72,7 +93,8 @@ def rotary_attention(
         q_BTNH: queries, not rotated. H must be even.
         k_BTKH: keys of the same tokens, not rotated.
         v_BTKH: values.
-        position_BT: int32 position of each query among the T keys, as in `attention`.
+        position_BT: int32 position of each query among the T keys, or None, as in
+            `attention`.
         angles: cos and sin, float32 [B, T, H/2].
         implementation: a name in IMPLEMENTATIONS; None picks the fastest here.
 
@@ -83,22 +105,38 @@ def rotary_attention(
     assert k_BTKH.shape[:2] == (B, T), (q_BTNH.shape, k_BTKH.shape)
     assert k_BTKH.shape == v_BTKH.shape, (k_BTKH.shape, v_BTKH.shape)
     assert N % k_BTKH.shape[2] == 0, (q_BTNH.shape, k_BTKH.shape)
-    assert position_BT.shape == (B, T), (position_BT.shape, q_BTNH.shape)
+    _check_position(q_BTNH, position_BT)
     assert H % 2 == 0, q_BTNH.shape
     assert all(part.shape == (B, T, H // 2) for part in angles), q_BTNH.shape
     cos, sin = (jax.lax.stop_gradient(part) for part in angles)
-    chosen = IMPLEMENTATIONS[implementation or _fastest(q_BTNH, k_BTKH, v_BTKH)]
-    return chosen.rotary_attention(q_BTNH, k_BTKH, v_BTKH, position_BT, (cos, sin))
+    name = implementation or _fastest(q_BTNH, k_BTKH, v_BTKH, position_BT)
+    out_BTNH: jax.Array = IMPLEMENTATIONS[name].rotary_attention(
+        q_BTNH, k_BTKH, v_BTKH, position_BT, (cos, sin)
+    )
+    return out_BTNH
 
 
-def _fastest(*arrays: jax.Array) -> str:
-    if not cpu.suits(*arrays):
-        return "reference"
-    reason = cpu.unavailable()
-    if reason is None:
-        return "cpu"
-    _say_once(reason)
-    return "reference"
+def _check_position(q_BTNH: jax.Array, position_BT: jax.Array | None) -> None:
+    assert position_BT is None or position_BT.shape == q_BTNH.shape[:2], (
+        position_BT.shape,
+        q_BTNH.shape,
+    )
+
+
+def _fastest(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    position_BT: jax.Array | None,
+) -> str:
+    if cpu.suits(q_BTNH, k_BSKH, v_BSKH):
+        reason = cpu.unavailable()
+        if reason is None:
+            return "cpu"
+        _say_once(reason)
+    if current_target().platform == "tpu" and splash.suits(q_BTNH, k_BSKH, position_BT):
+        return "splash"
+    return "blocked" if blocked.suits(q_BTNH.shape[1]) else "reference"
 
 
 @functools.cache

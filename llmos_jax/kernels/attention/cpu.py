@@ -28,8 +28,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import jaxlib.version
+from jax.ad_checkpoint import checkpoint_name
 
 from llmos_jax.errors import ConfigError, LowerError
+from llmos_jax.kernels.attention.reference import CONTEXT, whole
+from llmos_jax.kernels.target import Target, current_target
 from llmos_jax.places import cache_folder
 
 _SOURCE = Path(__file__).with_suffix(".cc")
@@ -41,14 +44,19 @@ _TARGETS = ("llmos_attention_forward", "llmos_attention_backward")
 
 
 def attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, position_BT: jax.Array
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    position_BT: jax.Array | None,
 ) -> jax.Array:
     """See `api.attention`.
 
     Raises:
         LowerError: the kernel cannot be used here, and why.
     """
-    B, T = position_BT.shape
+    B, T = q_BTNH.shape[:2]
+    if position_BT is None:
+        position_BT = whole(B, T)
     no_angles = jnp.zeros((B, T, 0), jnp.float32)
     return _call(q_BTNH, k_BSKH, v_BSKH, position_BT, no_angles, no_angles)
 
@@ -57,7 +65,7 @@ def rotary_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    position_BT: jax.Array,
+    position_BT: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
     """See `api.rotary_attention`.
@@ -65,15 +73,20 @@ def rotary_attention(
     Raises:
         LowerError: the kernel cannot be used here, and why.
     """
+    if position_BT is None:
+        position_BT = whole(*q_BTNH.shape[:2])
     return _call(q_BTNH, k_BTKH, v_BTKH, position_BT, *angles)
 
 
 def suits(*arrays: jax.Array) -> bool:
-    """Whether this kernel, if it can be built, is the one for these arrays."""
+    """Whether this kernel, if it can be built, is the one for these arrays.
+
+    It is compiled for the CPU that is here, so that must be the target, too.
+    """
     return (
         all(x.dtype == jnp.float32 for x in arrays)
+        and current_target() == Target("cpu", 1)
         and jax.default_backend() == "cpu"
-        and jax.device_count() == 1
     )
 
 
@@ -187,7 +200,10 @@ def _forward(*inputs: jax.Array) -> tuple[jax.Array, Arrays]:
     q = inputs[0]
     B, T, N, _ = q.shape
     kinds = (_like(q), jax.ShapeDtypeStruct((B, N, T), jnp.float32))
-    out, statistics = jax.ffi.ffi_call(_TARGETS[0], kinds)(*inputs)
+    out, statistics = (
+        checkpoint_name(x, CONTEXT)
+        for x in jax.ffi.ffi_call(_TARGETS[0], kinds)(*inputs)
+    )
     return out, (*inputs, out, statistics)
 
 

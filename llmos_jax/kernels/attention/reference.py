@@ -8,14 +8,27 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+CONTEXT = "context"
+"""Name under which remat policies know the output, and any log-sum-exp beside it.
+
+Where it is saved, fused implementations do not run forward again in the backward pass;
+this one must, for it needs the weights.
+"""
 
 
 def attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, position_BT: jax.Array
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    position_BT: jax.Array | None,
 ) -> jax.Array:
     """See `api.attention`."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1], k_BSKH.shape[2]
+    if position_BT is None:
+        position_BT = whole(B, T)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores_BKGTS = jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
@@ -28,14 +41,14 @@ def attention(
     )
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H)
+    return checkpoint_name(out_BTKGH.reshape(B, T, N, H), CONTEXT)
 
 
 def rotary_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    position_BT: jax.Array,
+    position_BT: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
     """See `api.rotary_attention`."""
@@ -55,3 +68,8 @@ def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
         axis=-1,
     )
     return rotated.astype(x_BTNH.dtype)
+
+
+def whole(B: int, T: int) -> jax.Array:
+    """int32 [B, T] positions of whole sequences."""
+    return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))

@@ -1,0 +1,244 @@
+"""Turn a plan into what it means for a program: roles of axes, sizes of arrays.
+
+The batch axes are those that split `batch`. A weight split over a batch axis is
+gathered there before use and its gradient scattered back (fsdp); split over another one
+it is used in parts (tensor); its gradient is summed over the axes that do not split it
+(data). What the audit asks is here: could an array of this size be a gathered weight, a
+gradient, an activation?
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from llmos_jax.ir import ParamRow, Plan
+from llmos_jax.lowering.collectives import Collective
+from llmos_jax.lowering.hlo import Array
+
+SMALL_BYTES = 2**20
+"""One execution with a smaller payload is small: a judgement; the latency of a TPU
+collective (about 10 us, a few hops) costs as much as 1 MiB over one 45 GB/s link."""
+SMALL_SHARE = 1e-3
+"""... and at most this share of the parameters' bytes, so small models are audited."""
+SMALL_FLOOR = 4096
+"""... but never less than this many bytes: scalars and norms of the smallest models."""
+TILE = 8 * 128
+"""Elements of a tile of TPU memory (the T(8,128) of every layout in the HLO)."""
+
+Axes = frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """One weight as a device uses it; `layers` of them are stacked."""
+
+    path: str
+    layers: int
+    used: tuple[int, ...]
+    """Dimensions of one layer's, once gathered over `gathered`."""
+    whole: tuple[int, ...]
+    """Dimensions of one layer's, split over nothing."""
+    gathered: Axes
+    split: Axes
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.used)
+
+
+class Meaning:
+    """The roles of a plan's mesh axes, and the sizes that it moves along them."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.sizes = plan, plan.mesh.sizes
+        activations = plan.rules.activations
+        sequence = self._used(activations, "seq", "kv_seq")
+        self.batch = self._used(activations, "batch")
+        self.expert = self._used(plan.rules.weights, "expert", "experts")
+        self.expert |= self._used(activations, "expert", "experts")
+        self.sequence = sequence - self.batch
+        self.stage = self._used(plan.rules.weights, "layers")
+        self.width = (
+            self._used(activations, *activations)
+            - self.batch
+            - self.sequence
+            - self.expert
+        )
+        self.weights = tuple(self._weight(row) for row in plan.params.rows)
+        self.split_weights = frozenset().union(*(w.split for w in self.weights))
+
+    def _used(self, section: dict[str, tuple[str, ...]], *names: str) -> Axes:
+        axes = (axis for name in names for axis in section.get(name, ()))
+        return frozenset(axis for axis in axes if self.sizes[axis] > 1)
+
+    def _weight(self, row: ParamRow) -> Weight:
+        used, whole, layers = [], [], 1
+        split: set[str] = set()
+        for axis, size, entry in zip(
+            row.axes, row.shape, self.plan.specs[row.path], strict=True
+        ):
+            names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+            names = tuple(name for name in names if self.sizes[name] > 1)
+            part = size // self.ways(set(names) - self.batch)
+            split.update(names)
+            if axis == "layers":
+                layers = part
+                continue
+            used.append(part)
+            whole.append(size)
+        return Weight(
+            path=row.path,
+            layers=layers,
+            used=tuple(used),
+            whole=tuple(whole),
+            gathered=frozenset(split) & self.batch,
+            split=frozenset(split),
+        )
+
+    def ways(self, axes: Iterable[str]) -> int:
+        """Devices along mesh axes."""
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    @cached_property
+    def gathered(self) -> Axes:
+        """Axes over which some weight is gathered before use."""
+        return frozenset().union(*(weight.gathered for weight in self.weights))
+
+    @cached_property
+    def active(self) -> Axes:
+        """Axes that the plan gives anything to do."""
+        roles = self.batch | self.sequence | self.expert | self.width | self.stage
+        return roles | self.split_weights
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens that one device has of a microbatch."""
+        ways = self.ways(self.batch | self.sequence) * self.plan.microbatches
+        return max(1, self.plan.workload.tokens // ways)
+
+    @cached_property
+    def widest(self) -> int:
+        """The widest activation of a layer, in values per token."""
+        wide = self.plan.params.axis_sizes()
+        heads = wide.get("heads", 1) * wide.get("head_dim", 1)
+        return max(wide.get("embed", 1), wide.get("ffn", 1), heads)
+
+    @cached_property
+    def embed(self) -> int:
+        """Values per token between layers."""
+        return self.plan.params.axis_sizes().get("embed", self.widest)
+
+    @cached_property
+    def small_bytes(self) -> float:
+        """Payload below which a collective needs no reason."""
+        params = 4 * self.plan.params.num_params
+        return min(SMALL_BYTES, max(SMALL_SHARE * params, SMALL_FLOOR))
+
+    def is_small(self, item: Collective) -> bool:
+        """Scalars, norms and token ids."""
+        tokens = self.plan.workload.tokens
+        is_ids = item.link == "ici" and all(
+            array.dtype in ("s32", "u32") and array.elements <= tokens
+            for array in item.arrays
+        )
+        return item.bytes < self.small_bytes or is_ids
+
+    def is_activation(self, array: Array) -> bool:
+        """Whether an array has the size of some values per local token."""
+        per_token, rest = divmod(array.elements, self.tokens)
+        return rest == 0 and per_token <= self.widest
+
+    def has_activation_dims(self, array: Array) -> bool:
+        """Whether an array has the dimensions of an activation between layers."""
+        workload = self.plan.workload
+        rows = workload.global_batch // self.ways(self.batch) // self.plan.microbatches
+        return _same_dims(array.dims, (rows, self.tokens // max(1, rows), self.embed))
+
+    def is_weight_gather(self, array: Array, axes: Axes) -> bool:
+        """Whether one layer's weight, gathered over `axes`, has this size."""
+        return any(
+            axes <= weight.gathered
+            and array.elements * self.ways(still) == weight.elements
+            for weight in self.weights
+            for still in _subsets(weight.gathered - axes)
+        )
+
+    def is_gradient(self, array: Array, axes: Axes, scattered: bool) -> bool:
+        """Whether a gradient summed over `axes` has this size, one layer's or all.
+
+        Args:
+            scattered: its weight is split over `axes`; else over none of them.
+        """
+        return any(
+            array.elements * self.ways(done) == weight.elements * layers
+            for weight in self.weights
+            if (axes <= weight.gathered if scattered else not axes & weight.split)
+            for done in _subsets(weight.gathered - axes)
+            for layers in {1, weight.layers}
+        )
+
+    def is_slice_part(self, array: Array, axes: Axes) -> bool:
+        """Whether this is (a part of) gradients summed inside slices, then across.
+
+        What crosses is one slice's part of one gradient, or of several in one buffer
+        of whole 8 x 128 tiles.
+        """
+        inside = self.ways(axes) // math.gcd(self.ways(axes), self._slices)
+        if self.is_gradient(array, axes, False):
+            return True
+        return any(
+            array.elements in (total, -(-total // TILE) * TILE)
+            for level in (False, True)
+            for total in self._sums_of_gradients(axes, level, inside)
+        )
+
+    def _sums_of_gradients(self, axes: Axes, level: bool, inside: int) -> set[int]:
+        """Elements of one or more gradients together: one layer's, or all (`level`)."""
+        totals = {0}
+        for weight in self.weights:
+            if not axes & weight.split:
+                elements = weight.elements * (weight.layers if level else 1)
+                part = elements // self.ways(weight.gathered) // inside
+                totals |= {total + part for total in totals}
+        return totals - {0}
+
+    @property
+    def _slices(self) -> int:
+        return self.plan.topology.slices
+
+    def scatters(self, item: Collective) -> tuple[bool, ...]:
+        """For each array of a sum, whether XLA:CPU makes it in a scatter's place."""
+        is_cpu = self.plan.topology.chip.vendor == "cpu"
+        return item.sliced if is_cpu and item.sliced else (False,) * len(item.arrays)
+
+    def stacked(self, array: Array) -> Weight | None:
+        """The weight whose layers, all at once, have these dimensions."""
+        for weight in self.weights:
+            shapes = (weight.used, weight.whole)
+            if weight.layers > 1 and any(
+                _same_dims(array.dims, (weight.layers, *dims)) for dims in shapes
+            ):
+                return weight
+        return None
+
+    def weight_like(self, array: Array) -> Weight | None:
+        """The weight that has these dimensions, in parts or whole."""
+        for weight in self.weights:
+            if len([dim for dim in weight.whole if dim > 1]) < 2:
+                continue
+            if any(_same_dims(array.dims, d) for d in (weight.used, weight.whole)):
+                return weight
+        return None
+
+
+def _same_dims(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return sorted(n for n in a if n > 1) == sorted(n for n in b if n > 1)
+
+
+def _subsets(axes: Axes) -> Iterator[tuple[str, ...]]:
+    for size in range(len(axes) + 1):
+        yield from itertools.combinations(sorted(axes), size)

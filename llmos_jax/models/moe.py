@@ -1,0 +1,256 @@
+"""Mixture of experts: each token goes through the k feed-forward blocks it prefers.
+
+B sequences, T tokens, D model, F width of an expert, E experts, k of them per token; n
+tokens and m = n k assignments of one device. Nothing is dropped: assignments are sorted
+by expert, and each expert multiplies its contiguous rows (MegaBlocks, arXiv
+2211.15841). Each device routes its own tokens; weights come to it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from llmos_jax.ir import ModelSpec
+from llmos_jax.kernels.grouped_matmul import grouped_matmul
+from llmos_jax.models.annotate import Stored, annotate, mesh_axes_of, per_shard
+from llmos_jax.models.layers import normal, swiglu
+
+_X_AXES = ("batch", "seq", None)
+
+
+class Routing(NamedTuple):
+    """What a layer's router did with a batch, in float32; what losses are made of."""
+
+    load_E: jax.Array
+    """Share of the assignments that each expert got; no gradient."""
+    probability_E: jax.Array
+    """Mean over tokens of the router's probability."""
+    square: jax.Array
+    """Mean over tokens of the squared log-sum-exp of the logits."""
+
+
+class MoE(nnx.Module):
+    """Sum over the chosen experts of weight * down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+        D, F, E = spec.embed_dim, spec.ffn_dim, spec.num_experts
+        into, out = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
+        self.router = normal(rngs, (D, E), D**-0.5, ("embed", "experts"))
+        self.gate = normal(rngs, (E, D, F), D**-0.5, into)
+        self.up = normal(rngs, (E, D, F), D**-0.5, into)
+        self.down = normal(rngs, (E, F, D), (2 * spec.num_layers * F) ** -0.5, out)
+        self.chosen = spec.experts_per_token
+        self.renormalised = spec.norm_topk_prob
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
+        """Return the weighted sum of the chosen experts, and how tokens were routed."""
+        logits_BTE = jnp.einsum(
+            "BTD,DE->BTE", x_BTD, self.router[...], preferred_element_type=jnp.float32
+        )
+        logits_BTE = annotate(logits_BTE, "batch", "seq", None)
+
+        E, D, _ = self.gate.shape
+        experts_over = mesh_axes_of("experts", E, stored=True)
+        embed_over = mesh_axes_of("embed", D, stored=True)
+
+        def part(
+            x_btD: jax.Array,
+            logits_btE: jax.Array,
+            gate_edf: jax.Array,
+            up_edf: jax.Array,
+            down_efd: jax.Array,
+        ) -> tuple[jax.Array, jax.Array]:
+            b, t, D = x_btD.shape
+            weight_nk, expert_nk = choose(
+                logits_btE.reshape(b * t, E), self.chosen, self.renormalised
+            )
+            y_nD, count_E = _through_experts(
+                *(x_btD.reshape(b * t, D), weight_nk, expert_nk, E),
+                _Split(gate_edf, (experts_over, embed_over, ())),
+                _Split(up_edf, (experts_over, embed_over, ())),
+                _Split(down_efd, (experts_over, (), embed_over)),
+            )
+            return y_nD.reshape(1, b, t, D), count_E[None, None].astype(jnp.float32)
+
+        # Outputs come as one row for each part of the width. Their sum stands outside,
+        # so that its gradient is a copy; that of a psum would be one more.
+        into, out = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
+        parts_BTD, counts_E = per_shard(
+            part,
+            *(x_BTD, logits_BTE, self.gate[...], self.up[...], self.down[...]),
+            in_axes=(_X_AXES, _X_AXES, Stored(into), Stored(into), Stored(out)),
+            out_axes=(("ffn", *_X_AXES), ("batch", "seq", None)),
+        )
+        y_BTD = annotate(_sum_first(parts_BTD), "batch", "seq", "embed")
+        count_E = jnp.sum(counts_E, axis=(0, 1))
+        log_sum_BT1 = jax.nn.logsumexp(logits_BTE, axis=-1, keepdims=True)
+        probability_BTE = jnp.exp(logits_BTE - log_sum_BT1)
+        return checkpoint_name(y_BTD, "ffn_out"), Routing(
+            load_E=count_E / jnp.float32(self.chosen * x_BTD[..., 0].size),
+            probability_E=jnp.mean(probability_BTE, axis=(0, 1)),
+            square=jnp.mean(jnp.square(log_sum_BT1)),
+        )
+
+
+def choose(
+    logits_nE: jax.Array, k: int, renormalised: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Return the weights and numbers [n, k] of each token's most probable experts.
+
+    Probabilities are those over all experts; renormalised, the chosen ones' sum to 1,
+    which is the softmax over the chosen logits alone. Equal logits: the first wins.
+    """
+    _, expert_nk = jax.lax.top_k(jax.lax.stop_gradient(logits_nE), k)
+    probability_nE = jax.nn.softmax(logits_nE, axis=-1)
+    # As a masked sum, its gradient is one too; that of a lookup would be a scatter.
+    is_it_nkE = expert_nk[:, :, None] == jnp.arange(logits_nE.shape[1])[None, None, :]
+    weight_nk = jnp.sum(jnp.where(is_it_nkE, probability_nE[:, None, :], 0.0), axis=-1)
+    if renormalised:
+        weight_nk = weight_nk / jnp.sum(weight_nk, axis=-1, keepdims=True)
+    return weight_nk, expert_nk
+
+
+class _Split(NamedTuple):
+    """A device's part of a weight, and what it takes to make it whole."""
+
+    part: jax.Array
+    over: tuple[tuple[str, ...], ...]
+    """For each dimension the mesh axes that it is gathered over."""
+
+
+def _through_experts(
+    x_nD: jax.Array,
+    weight_nk: jax.Array,
+    expert_nk: jax.Array,
+    E: int,
+    gate: _Split,
+    up: _Split,
+    down: _Split,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum [n, D] over each token's experts, and each expert's rows [E].
+
+    The weight multiplies what goes into `down`, not what comes out: the same sum, but
+    its gradient then needs no output, so a backward pass never runs `down` again.
+    """
+    n, k = expert_nk.shape
+    expert_m = expert_nk.reshape(n * k)
+    order_m = jnp.argsort(expert_m)  # assignments by expert; token m // k
+    place_m = jnp.argsort(order_m)  # where each assignment went
+    is_mine_mE = expert_m[:, None] == jnp.arange(E)[None, :]
+    count_E = jnp.sum(is_mine_mE, axis=0, dtype=jnp.int32)
+    x_mD = _spread(k, x_nD, order_m, place_m)
+    weight_m = _spread(1, weight_nk.reshape(n * k), order_m, place_m)
+    gate_mF = checkpoint_name(_product(x_mD, *gate, count_E), "ffn_gate")
+    up_mF = checkpoint_name(_product(x_mD, *up, count_E), "ffn_up")
+    h_mF = swiglu(gate_mF, up_mF) * weight_m[:, None].astype(x_nD.dtype)
+    y_mD = _product(h_mF, *down, count_E)
+    y_nkD = _back(y_mD, order_m, place_m).reshape(n, k, -1)
+    return jnp.sum(y_nkD, axis=1), count_E
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(
+    x_mK: jax.Array,
+    part: jax.Array,
+    over: tuple[tuple[str, ...], ...],
+    sizes_E: jax.Array,
+) -> jax.Array:
+    """The grouped product with a weight gathered for it, and gathered again for its
+    gradient: whole weights never wait. The weight's gradient is scattered."""
+    return grouped_matmul(x_mK, _gather(part, over), sizes_E)
+
+
+_Saved = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _product_forward(
+    x_mK: jax.Array,
+    part: jax.Array,
+    over: tuple[tuple[str, ...], ...],
+    sizes_E: jax.Array,
+) -> tuple[jax.Array, _Saved]:
+    return _product(x_mK, part, over, sizes_E), (x_mK, part, sizes_E)
+
+
+def _product_backward(
+    over: tuple[tuple[str, ...], ...], saved: _Saved, dy_mN: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x_mK, part, sizes_E = saved
+    _, backward = jax.vjp(
+        lambda x, w: grouped_matmul(x, w, sizes_E), x_mK, _gather(part, over)
+    )
+    dx_mK, dw = backward(dy_mN)
+    for dimension, axes in enumerate(over):
+        if axes:
+            dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=dimension, tiled=True)
+    return dx_mK, dw, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _gather(part: jax.Array, over: tuple[tuple[str, ...], ...]) -> jax.Array:
+    for dimension, axes in enumerate(over):
+        if axes:
+            part = jax.lax.all_gather(part, axes, axis=dimension, tiled=True)
+    return part
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spread(k: int, x: jax.Array, order_m: jax.Array, place_m: jax.Array) -> jax.Array:
+    """Return each row of x k times, the m = n k rows then put in order.
+
+    By hand, the gradients of this and of `_back` are lookups; JAX's are scatters.
+    """
+    del place_m
+    return x[order_m // k]
+
+
+def _spread_forward(
+    k: int, x: jax.Array, order_m: jax.Array, place_m: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _spread(k, x, order_m, place_m), (order_m, place_m)
+
+
+def _spread_backward(
+    k: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, None, None]:
+    dx = dy[saved[1]]
+    return jnp.sum(dx.reshape(-1, k, *dx.shape[1:]), axis=1), None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def _back(y_mD: jax.Array, order_m: jax.Array, place_m: jax.Array) -> jax.Array:
+    """Return the rows where they were before they were put in order."""
+    del order_m
+    return y_mD[place_m]
+
+
+def _back_forward(
+    y_mD: jax.Array, order_m: jax.Array, place_m: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _back(y_mD, order_m, place_m), order_m
+
+
+def _back_backward(
+    order_m: jax.Array, dy_mD: jax.Array
+) -> tuple[jax.Array, None, None]:
+    return dy_mD[order_m], None, None
+
+
+_back.defvjp(_back_forward, _back_backward)
+
+
+def _sum_first(parts_BTD: jax.Array) -> jax.Array:
+    """Sum over the first dimension in the dtype of the parts, as a product would be."""
+    total: jax.Array = jax.lax.reduce_sum(parts_BTD, (0,))
+    return total

@@ -1,0 +1,213 @@
+"""Turn a layout into the seconds one device works on a pass over its tokens.
+
+A product of m tokens with k x n weights takes 2 m k n FLOPs at the chip's share of
+peak, plus `operands` of the time its 2 (m k + k n + m n) bytes take from memory: that
+is what makes thin products slow, whichever side is thin. Attention (a flash kernel)
+runs at a share of that, and over heads narrower than the matrix unit leaves a part of
+it idle; its backward pass makes the scores again, 2.5 forwards in all
+(FlashAttention-2, arXiv 2307.08691). What lies between (norms, rotation, SwiGLU,
+residuals, routing) costs its memory traffic.
+
+Known lies:
+- Experts are evenly loaded; there is no tail of small kernels.
+- What lies between is split over `tensor` even where its activations are whole: XLA
+  keeps sums scattered until the next product gathers them. MaxText's tables do.
+- With the plain attention, which writes all scores, long sequences are slower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmos_jax.ir.topology import Topology
+from llmos_jax.ir.workload import Workload
+from llmos_jax.planner.fitted import Fitted
+from llmos_jax.planner.layout import Layout, dtype_bytes
+from llmos_jax.planner.sizes import FFN_IN, Product, Sizes
+
+ATTENTION_BACKWARD = 2.5
+
+BLOCK = 1024
+"""Keys of one block of attention: half of those on the diagonal are computed for
+nothing. MaxText's `sa_block_kv` is 512 to 2048."""
+
+LOGIT_TRAFFIC = 6 * 4
+"""Bytes per logit: float32 written, read for the maximum and the sum, read and written
+for the gradient, read by two products."""
+
+MADE_ONCE = frozenset({"head", "ffn_out"})
+"""Never made again: the loss needs the first once, the next layer saves the second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Seconds of one device over one microbatch, all its layers together."""
+
+    forward: dict[str, float]
+    """What a tensor of ir.TENSORS takes to make; `head` and `other` beside them."""
+    between: float
+    """Traffic between the products of one forward pass."""
+    loss: float
+    """Traffic of the logits, there and back."""
+    saved: dict[str, float]
+    """Traffic of keeping a tensor of ir.TENSORS and of fetching it again."""
+
+    def compute_s(
+        self, saved: frozenset[str], is_train: bool, is_head_twice: bool = False
+    ) -> float:
+        """Seconds of products and attention, of which those in `saved` made once."""
+        once = sum(self.forward.values())
+        if not is_train:
+            return once
+        context = self.forward["context"]
+        backward = 2 * (once - context) + ATTENTION_BACKWARD * context
+        again = sum(
+            seconds
+            for name, seconds in self.forward.items()
+            if name not in saved and name not in MADE_ONCE
+        )
+        return once + backward + again + self.forward["head"] * is_head_twice
+
+    def traffic_s(self, saved: frozenset[str], is_all: bool, is_train: bool) -> float:
+        """Seconds of memory traffic between products; `is_all`: nothing is remade."""
+        if not is_train:
+            return self.between
+        passes = 3 if is_all else 4
+        kept = sum(seconds for name, seconds in self.saved.items() if name in saved)
+        return passes * self.between + self.loss + kept
+
+
+def work_of(
+    layout: Layout,
+    sizes: Sizes,
+    topology: Topology,
+    workload: Workload,
+    parts: int,
+    fitted: Fitted,
+) -> Work:
+    """Return the seconds over one of `parts` microbatches."""
+    tokens = workload.tokens / layout.token_ways / parts
+    share = 1 / layout.mesh.stage
+    rate = _flops_per_s(topology, workload, fitted)
+    forward = dict.fromkeys(("context", "head", "other"), 0.0)
+    for product in sizes.products:
+        seconds = _product_s(product, tokens, layout, topology, workload, fitted)
+        held = 1.0 if product.tensor == "head" else share
+        forward[product.tensor] = forward.get(product.tensor, 0.0) + held * seconds
+    rest = sizes.matmul_params - sum(product.active for product in sizes.products)
+    forward["other"] += share * 2 * rest * tokens / rate
+    attention = _attention_s(layout, sizes, topology, workload, fitted)
+    forward["context"] += share * tokens * attention
+    byte_s = compute_bytes(workload) / hbm_rate(topology)
+    logits = tokens * sizes.vocab / layout.width_ways["vocab"]
+    widths = tensor_widths(layout, sizes)
+    return Work(
+        forward=forward,
+        between=share
+        * fitted.elementwise
+        * tokens
+        * _between_width(layout, sizes)
+        * byte_s,
+        loss=fitted.elementwise * logits * LOGIT_TRAFFIC / hbm_rate(topology),
+        saved={
+            name: share * fitted.kept * tokens * sizes.layers * width * byte_s
+            for name, width in widths.items()
+        },
+    )
+
+
+def tensor_widths(layout: Layout, sizes: Sizes) -> dict[str, float]:
+    """Elements per token of one layer's tensors on one device, by name."""
+    ways = layout.width_ways
+    D, NH = sizes.embed / ways["embed"], sizes.query_width / ways["heads"]
+    KH = sizes.kv_width / ways["kv_heads"]
+    F = max(1, sizes.experts_per_token) * sizes.ffn / ways["ffn"]
+    return {
+        "layer_input": D,
+        "query": NH,
+        "key": KH,
+        "value": KH,
+        "context": NH,
+        "out": D,
+        "ffn_gate": F,
+        "ffn_up": F,
+        "ffn_out": D,
+    }
+
+
+def compute_bytes(workload: Workload) -> int:
+    """Bytes of an activation: 8-bit compute casts around its products only."""
+    return max(2, dtype_bytes(workload.compute_dtype))
+
+
+def hbm_rate(topology: Topology) -> float:
+    """Bytes/s that one device moves to and from its memory."""
+    chip = topology.chip
+    return chip.hbm_bytes_per_s * chip.hbm_efficiency / chip.devices_per_chip
+
+
+def _product_s(
+    product: Product,
+    tokens: float,
+    layout: Layout,
+    topology: Topology,
+    workload: Workload,
+    fitted: Fitted,
+) -> float:
+    """Seconds to multiply `tokens` of one device with one weight, in all its layers."""
+    m = tokens
+    k = product.summed / layout.width_ways.get(product.summed_axis or "", 1)
+    n = product.made / layout.width_ways.get(product.made_axis or "", 1)
+    flops = 2 * tokens * k * n * product.chosen
+    rate = _flops_per_s(topology, workload, fitted)
+    if product.experts > 1:
+        rate *= fitted.grouped
+        m = tokens * product.chosen * layout.mesh.expert / product.experts
+    per_flop = (1 / max(1.0, m) + 1 / k + 1 / n) * dtype_bytes(workload.compute_dtype)
+    unhidden = fitted.operands * per_flop / 2 / hbm_rate(topology)
+    return product.layers * flops * (1 / rate + unhidden)
+
+
+def _flops_per_s(topology: Topology, workload: Workload, fitted: Fitted) -> float:
+    """What large products of the workload's dtype reach on one device."""
+    dtype = workload.compute_dtype
+    rate = topology.peak_flops_per_s(dtype) * topology.chip.matmul_efficiency
+    is_narrow = dtype_bytes(dtype) == 1 and dtype in topology.chip.peak_flops_per_s
+    return rate * fitted.quantized if is_narrow else rate
+
+
+def _attention_s(
+    layout: Layout,
+    sizes: Sizes,
+    topology: Topology,
+    workload: Workload,
+    fitted: Fitted,
+) -> float:
+    """Seconds per token of causal attention forward, in all layers."""
+    width = sizes.query_width / layout.width_ways["heads"]
+    keys = (workload.seq_len + min(BLOCK, workload.seq_len)) / 2
+    flops = 4 * sizes.layers * width * keys
+    chip = topology.chip
+    used = min(1.0, sizes.head_dim / chip.matmul_tile)
+    peak = topology.peak_flops_per_s("bfloat16") * chip.matmul_efficiency
+    return flops / (peak * used * fitted.attention)
+
+
+def _between_width(layout: Layout, sizes: Sizes) -> float:
+    """Elements per token that one forward pass reads or writes between its products.
+
+    Per layer two norms and two sums read and write D twice each, 8 D; rotation reads
+    and writes q and k; SwiGLU reads gate and up and writes their product; routing
+    copies a token to its experts and back, 4 D for each.
+    """
+    D = sizes.embed / max(layout.width_ways["embed"], layout.mesh.tensor)
+    NH = sizes.query_width / layout.width_ways["heads"]
+    KH = sizes.kv_width / layout.width_ways["kv_heads"]
+    width = sizes.layers * (8 * D + 2 * NH + 2 * KH)
+    for product in sizes.products:
+        if product.tensor in FFN_IN:
+            made = product.made / layout.width_ways.get(product.made_axis or "", 1)
+            width += 1.5 * product.layers * product.chosen * made
+        if product.tensor == "ffn_out" and product.experts > 1:
+            width += 4 * product.layers * product.chosen * D
+    return width
