@@ -121,12 +121,9 @@ def _one_plan(arguments: Any) -> Answer:
 
 
 def _unmeant(chosen: Plan) -> str:
-    """What is wrong with the compiled program: data moved that the plan does not mean.
-
-    A sum where the compiler could have scattered is its own choice, and only shown.
-    """
-    rows = (chosen.compiled or {}).get("unplanned_collectives", [])
-    wrong = [row for row in rows if row.get("by") == "program"]
+    """What is wrong with the compiled program: data moved that the plan does not
+    mean."""
+    wrong = (chosen.compiled or {}).get("unplanned_collectives", [])
     if not wrong:
         return ""
     first = wrong[0]

@@ -10,15 +10,16 @@ Sizes decide: an array is a weight's, a gradient's or an activation's if it has 
 as many elements. Nothing is waved through because it could be something else.
 
 Known lies: an activation that happens to have as many elements as a planned weight
-passes for it, within the planned total. XLA:CPU makes no reduce-scatter: a sum of which
-a device reads only its own slice is taken for one there.
+passes for it, within the planned total. A
+sum of which a device reads only its own slice is taken for a scatter: XLA:CPU makes no
+other, nor does libtpu for some groups; how it travels cannot be read off the HLO.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from llmos_jax.ir import Plan
 from llmos_jax.lowering.collectives import Collective
@@ -37,15 +38,6 @@ class Unplanned:
     collective: Collective
     why: str
 
-    @property
-    def by(self) -> Literal["program", "compiler"]:
-        """Who made it: the program's shardings, or the compiler, which summed whole
-        what is right after cut into the slices that the program asks for."""
-        item = self.collective
-        cut = zip(item.arrays, item.sliced)
-        is_cut = all(sliced or len(array.dims) < 2 for array, sliced in cut)
-        return "compiler" if any(item.sliced) and is_cut else "program"
-
     def to_json(self) -> dict[str, Any]:
         """One row of `unplanned_collectives`; `bytes` is the total of a step."""
         item = self.collective
@@ -56,7 +48,6 @@ class Unplanned:
             "count": item.count,
             "bytes": item.total_bytes,
             "where": item.where,
-            "by": self.by,
             "why": self.why,
         }
 

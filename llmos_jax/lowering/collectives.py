@@ -7,6 +7,7 @@ Forms that are read, as XLA prints them (jax 0.10.2 and 0.12, CPU, v5e, v5p, v6e
 | `all-gather`, `all-gather-start`, ... | itself, once; `-done` is not counted |
 | AsyncCollectiveStart fusion, its steps, AsyncCollectiveDone | one, where it starts |
 | kCustom fusion of an all-reduce and dynamic-slices of it | one reduce-scatter |
+| all-reduce of zeros into which a device wrote its own part (v5p) | one all-gather |
 | ring of `collective-permute`s in a windowed dot_general loop | its permutes |
 | `send` and `recv` of the megascale runtime (several slices) | one, over DCN |
 
@@ -227,6 +228,8 @@ def _collective(
         sliced = _read_in_part(module, computation, line)
         if is_fused and all(sliced):
             op = "reduce-scatter"
+        elif all(_is_own_part(module, computation, name) for name in line.operands):
+            op, sliced = "all-gather", ()
     axes, link = places.spanned(groups)
     return Collective(
         op=op,
@@ -370,6 +373,34 @@ def _reads_slice(
         for line in inner.instructions.values()
         if line.opcode == "parameter" and line.inside in places
     )
+
+
+def _is_own_part(module: Module, computation: Computation, name: str) -> bool:
+    """Whether an array is zero but for a slice that was written into it."""
+    line = computation.instructions[name]
+    if line.opcode in _VIEWS:
+        return _is_own_part(module, computation, line.operands[0])
+    if line.opcode == "dynamic-update-slice":
+        return _is_zero(computation, line.operands[0])
+    if line.opcode != "fusion":
+        return False
+    inner = module.computations[line.calls("calls")[0]]
+    root = inner.root
+    while root.opcode in _VIEWS:
+        root = inner.instructions[root.operands[0]]
+    if root.opcode != "dynamic-update-slice":
+        return False
+    base = inner.instructions[root.operands[0]]
+    if base.opcode == "parameter":
+        return _is_zero(computation, line.operands[int(base.inside)])
+    return _is_zero(inner, base.name)
+
+
+def _is_zero(computation: Computation, name: str) -> bool:
+    line = computation.instructions[name]
+    if line.opcode in (*_VIEWS, "broadcast"):
+        return _is_zero(computation, line.operands[0])
+    return line.opcode == "constant" and line.inside.strip() in ("0", "-0")
 
 
 _VIEWS = ("bitcast", "copy", "convert", "reshape", "transpose")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from llmos_jax.ir import ParamRow, Plan
@@ -69,6 +69,7 @@ class Meaning:
             - self.expert
         )
         self.weights = tuple(self._weight(row) for row in plan.params.rows)
+        self.weights += self._tiles_of_the_head()
         self.split_weights = frozenset().union(*(w.split for w in self.weights))
 
     def _used(self, section: dict[str, tuple[str, ...]], *names: str) -> Axes:
@@ -98,6 +99,28 @@ class Meaning:
             gathered=frozenset(split) & self.batch,
             split=frozenset(split),
         )
+
+    def _tiles_of_the_head(self) -> tuple[Weight, ...]:
+        """The head as the loss gathers it where it is cut along the vocabulary."""
+        way = self.plan.way
+        if way.loss_over != "vocab" or way.loss_tiles == 1:
+            return ()
+        heads = [
+            (weight, row)
+            for weight, row in zip(self.weights, self.plan.params.rows, strict=True)
+            if "vocab" in row.axes and len(row.axes) == 2
+        ]
+        tiles = []
+        for weight, row in heads:
+            at = row.axes.index("vocab")
+            v, rest = weight.used[at], weight.used[1 - at]
+            cut = next(d for d in range(way.loss_tiles, v + 1) if v % d == 0)
+            tiles.append(
+                replace(
+                    weight, layers=cut, used=(rest, v // cut), whole=(rest, v // cut)
+                )
+            )
+        return tuple(tiles)
 
     def ways(self, axes: Iterable[str]) -> int:
         """Devices along mesh axes."""
@@ -211,9 +234,13 @@ class Meaning:
         return self.plan.topology.slices
 
     def scatters(self, item: Collective) -> tuple[bool, ...]:
-        """For each array of a sum, whether XLA:CPU makes it in a scatter's place."""
-        is_cpu = self.plan.topology.chip.vendor == "cpu"
-        return item.sliced if is_cpu and item.sliced else (False,) * len(item.arrays)
+        """For each array of a sum, whether a device reads only its own slice of it.
+
+        Then it is made in a scatter's place: XLA:CPU knows no other, and libtpu makes
+        even `jax.lax.psum_scatter` so for some groups (64 chips of v5p). What travels
+        is the compiler's business.
+        """
+        return item.sliced or (False,) * len(item.arrays)
 
     def stacked(self, array: Array) -> Weight | None:
         """The weight whose layers, all at once, have these dimensions."""

@@ -60,10 +60,17 @@ class _Job:
     refuted: tuple[Refuted, ...] = ()
     """What the compiler said to earlier choices."""
 
-    @property
-    def growth(self) -> float:
-        """How much more than estimated the compiler needed, at worst."""
-        return max((item.growth for item in self.refuted), default=1.0)
+    def growth(self, way: Way) -> float:
+        """How much more than estimated the compiler needed, at worst, for ways that
+        save and offload the same."""
+        return max(
+            (
+                item.growth
+                for item in self.refuted
+                if (item.way.remat, item.way.offload) == (way.remat, way.offload)
+            ),
+            default=1.0,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,9 +259,10 @@ def _memory(layout: Layout, way: Way, job: _Job) -> Memory:
     for item in job.refuted:
         if item.way == way:
             return {**memory, "refuted": item.needed_bytes - sum(memory.values())}
-    if job.growth > 1:
+    growth = job.growth(way)
+    if growth > 1:
         passing = sum(memory.values()) - _kept_bytes(memory)
-        memory["learnt"] = (job.growth - 1) * passing
+        memory["learnt"] = (growth - 1) * passing
     return memory
 
 

@@ -148,7 +148,7 @@ def _choice(plan: Plan) -> list[tuple[str, str]]:
     if way.offload:
         rows.append(("in host memory", ", ".join(way.offload)))
     if way.loss_tiles > 1:
-        rows.append(("loss", f"in {way.loss_tiles} tiles of the tokens"))
+        rows.append(("loss", f"in {way.loss_tiles} tiles of the {way.loss_over}"))
     if way.state_dtype != "float32":
         rows.append(("optimizer state", way.state_dtype))
     if way.gradient_dtype != "float32":

@@ -252,19 +252,18 @@ def test_the_json_of_an_unplanned_collective_has_the_keys_scripts_read():
         "count": 4,
         "bytes": 4 * D * F * 2,
         "where": "here",
-        "by": "program",
         "why": one.why,
     }
 
 
 @pytest.mark.parametrize(
-    ("sliced", "by"), [((True, False), "compiler"), ((False, False), "program")]
+    ("sliced", "unplanned"), [((True, False), 0), ((False, False), 1)]
 )
-def test_a_whole_sum_that_is_cut_at_once_is_the_compilers(sliced, by):
-    """A norm's gradient that is summed along does not change whose it is."""
+def test_a_sum_of_which_only_the_own_slice_is_read_is_a_scatter(sliced, unplanned):
+    """A norm's gradient that is summed along is small and changes nothing."""
     arrays = (Array("bf16", (D, F)), Array("bf16", (D,)))
     item = made("all-reduce", ("fsdp",), (D, F), arrays=arrays, sliced=sliced)
-    assert [one.by for one in audit([item], plan_of("v5e-8", fsdp=8))] == [by]
+    assert len(audit([item], plan_of("v5e-8", fsdp=8))) == unplanned
 
 
 def test_rules_are_named_for_what_they_look_at():

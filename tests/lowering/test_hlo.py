@@ -184,6 +184,31 @@ replica_groups=[2,4]<=[8], dimensions={0}
   ROOT %r = f32[32]{0} get-tuple-element(%d), index=0
 }"""
 
+GATHERED_BY_A_SUM = """%write (z: f32[32], p: f32[8], i: s32[]) -> f32[32] {
+  %z = f32[32]{0} parameter(0)
+  %p = f32[8]{0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %dus = f32[32]{0} dynamic-update-slice(%z, %p, %i)
+}
+
+ENTRY %main (a: f32[8], i: s32[]) -> f32[32] {
+  %a = f32[8]{0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %zero = f32[] constant(0)
+  %zeros = f32[32]{0} broadcast(%zero), dimensions={}
+  %f = f32[32]{0} fusion(%zeros, %a, %i.1), kind=kLoop, calls=%write
+  ROOT %ar = f32[32]{0} all-reduce(%f), channel_id=5, \
+replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}"""
+
+PALLAS = """ENTRY %main (a: f32[8]) -> f32[32] {
+  %a = f32[8]{0} parameter(0)
+  %k = f32[8]{0} custom-call(%a), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/pallas_call"}
+  ROOT %ag = f32[32]{0} all-gather(%k), replica_groups=[2,4]<=[8], dimensions={0}
+}"""
+
 RING = """ENTRY %main (a: f32[8]) -> f32[8] {
   %a = f32[8]{0} parameter(0)
   %s = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)}) \
@@ -199,9 +224,18 @@ source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}}
         (ASYNC, "all-gather", 128),
         (SCATTER, "reduce-scatter", 128),
         (STARTED, "all-gather", 32 * 4 + 32 * 2),
+        (GATHERED_BY_A_SUM, "all-gather", 128),
+        (PALLAS, "all-gather", 128),
         (RING, "collective-permute", 32),
     ],
-    ids=["async fusion", "all-reduce-scatter", "combined start", "ring"],
+    ids=[
+        "async fusion",
+        "all-reduce-scatter",
+        "combined start",
+        "sum of own parts",
+        "kernel",
+        "ring",
+    ],
 )
 def test_each_form_counts_once_over_its_axes_with_its_whole_payload(
     text, op, num_bytes

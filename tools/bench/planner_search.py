@@ -18,7 +18,7 @@ from llmos_jax.ir import Workload
 
 CASES = (
     ("llama3_405b", "v5p:8x8x16", 2048, 8192),
-    ("llama3_405b", "4*v6e:16x16", 2048, 8192),
+    ("llama3_405b", "2*v5p:8x8x16", 2048, 8192),
     ("llama3_70b", "v5p:4x4x4", 128, 4096),
     ("llama3_8b", "v6e:2x4", 24, 8192),
     ("qwen3_0_6b", "v5e:2x2", 16, 2048),
