@@ -14,7 +14,6 @@ since the loss is where the backward pass begins, its gradients are made with it
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -91,14 +90,29 @@ def _with_gradients(
     over: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean loss, and its gradients by features and by kernel."""
-    tiled = {"tokens": _tiled_over_tokens, "vocab": _tiled_over_vocab}[over]
     if axes[0] == "vocab":
-        loss, dx_BTD, dkernel = tiled(x_BTD, kernel.T, targets_BT, tiles)
+        flipped = (axes[1], axes[0])
+        loss, dx_BTD, dkernel = _with_gradients(
+            x_BTD, kernel.T, targets_BT, flipped, tiles, over
+        )
         return loss, dx_BTD, dkernel.T
-    return tiled(x_BTD, kernel, targets_BT, tiles)
-
-
-Body = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    one = {"tokens": _tokens_of_one_device, "vocab": _vocab_of_one_device}[over]
+    body = functools.partial(
+        one,
+        where=_where(x_BTD, kernel),
+        tiles=tiles,
+        scale=1.0 / targets_BT.size,
+    )
+    stored = Stored(("embed", "vocab"))
+    losses, dx_BTD, dkernel_DV = per_shard(
+        body,
+        x_BTD,
+        kernel,
+        targets_BT,
+        in_axes=(("batch", "seq", None), stored, ("batch", "seq")),
+        out_axes=(("batch",), ("batch", "seq", None), stored),
+    )
+    return jnp.sum(losses), dx_BTD, dkernel_DV
 
 
 class _Where(NamedTuple):
@@ -121,21 +135,6 @@ def _where(x_BTD: jax.Array, kernel_DV: jax.Array) -> _Where:
     )
 
 
-def _on_all_devices(
-    body: Body, x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    stored = Stored(("embed", "vocab"))
-    losses, dx_BTD, dkernel_DV = per_shard(
-        body,
-        x_BTD,
-        kernel_DV,
-        targets_BT,
-        in_axes=(("batch", "seq", None), stored, ("batch", "seq")),
-        out_axes=(("batch",), ("batch", "seq", None), stored),
-    )
-    return jnp.sum(losses), dx_BTD, dkernel_DV
-
-
 def _gathered(kernel_dv: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
     if not mesh_axes:
         return kernel_dv
@@ -149,19 +148,6 @@ def _scattered(dkernel_Dv: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
 
 
 # --- tiles of tokens ---
-
-
-def _tiled_over_tokens(
-    x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array, tiles: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    B, T, _ = x_BTD.shape
-    body = functools.partial(
-        _tokens_of_one_device,
-        where=_where(x_BTD, kernel_DV),
-        tiles=tiles,
-        scale=1.0 / (B * T),
-    )
-    return _on_all_devices(body, x_BTD, kernel_DV, targets_BT)
 
 
 def _tokens_of_one_device(
@@ -206,19 +192,6 @@ def _tokens_of_one_device(
 
 
 # --- tiles of the vocabulary ---
-
-
-def _tiled_over_vocab(
-    x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array, tiles: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    B, T, _ = x_BTD.shape
-    body = functools.partial(
-        _vocab_of_one_device,
-        where=_where(x_BTD, kernel_DV),
-        tiles=tiles,
-        scale=1.0 / (B * T),
-    )
-    return _on_all_devices(body, x_BTD, kernel_DV, targets_BT)
 
 
 def _vocab_of_one_device(
