@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmos_jax import driver, hardware, planner
+from llmos_jax import driver, hardware, planner, questions
 from llmos_jax.cli import Answer, add_config, arguments_of, run_verb
 from llmos_jax.cli.arguments import Arguments
 from llmos_jax.config import RunConfig, load_config
@@ -108,10 +108,10 @@ def _one_plan(arguments: Any) -> Answer:
         document = json.dumps(driver.plan_document(chosen), indent=1)
         _write("--out", arguments.out, document + "\n")
     if arguments.lock:
-        locked = driver.lock(config, chosen).to_json()
+        locked = questions.lock(config, chosen).to_json()
         _write("--lock", arguments.lock, json.dumps(locked, indent=1) + "\n")
     if arguments.html:
-        _write("--html", arguments.html, driver.plan_page(config, chosen))
+        _write("--html", arguments.html, questions.plan_page(config, chosen))
     if arguments.json:
         return Answer(text="", json=chosen.summary(), failure=_unmeant(chosen))
     text = planner.explain(chosen, driver.pins_of(config))
@@ -135,7 +135,7 @@ def _unmeant(chosen: Plan) -> str:
 
 
 def _front(arguments: Any) -> Answer:
-    front = driver.frontier(
+    front = questions.frontier(
         _config(arguments),
         _chips(arguments.chips),
         max_chips=_whole("--max-chips", arguments.max_chips, _MAX_CHIPS),
@@ -144,24 +144,24 @@ def _front(arguments: Any) -> Answer:
         on_progress=_now_and_then(log),
     )
     if arguments.html:
-        _write("--html", arguments.html, driver.front_page(front))
+        _write("--html", arguments.html, questions.front_page(front))
     return Answer(text=planner.explain_front(front), json=front.summary())
 
 
 def _what_if(arguments: Any) -> Answer:
-    found = driver.what_if(
+    found = questions.what_if(
         _config(arguments), arguments.what_if, _fidelity(arguments) or "estimate"
     )
     return Answer(text=planner.explain_difference(found), json=found.summary())
 
 
 def _diff(arguments: Any) -> Answer:
-    found = driver.diff(*arguments.diff)
+    found = questions.diff(*arguments.diff)
     return Answer(text=planner.explain_difference(found), json=found.summary())
 
 
 def _check(arguments: Any) -> Answer:
-    found = driver.check(arguments.check, _fidelity(arguments))
+    found = questions.check(arguments.check, _fidelity(arguments))
     return Answer(
         text=planner.explain_recheck(found),
         json=found.summary(),

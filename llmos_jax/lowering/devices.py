@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,13 +72,21 @@ def local_topology() -> Topology:
     )
 
 
-def measure_matmul_flops_per_s(size: int = 1024, repeats: int = 3) -> float:
-    """Measure float32 matmul throughput of one device here, in FLOP/s.
+def measure_matmul_flops_per_s(
+    size: int = 1024, repeats: int = 3, dtype: str = "float32", device: Any = None
+) -> float:
+    """Measure matmul throughput of one device here, in FLOP/s: the best of a few.
 
     Takes about 0.1 s on two CPU cores. It is the denominator of MFU on a CPU, for which
     no data sheet gives a peak.
+
+    Args:
+        size: side of square matrices.
+        repeats: runs, after one that compiles.
+        dtype: of the matrices.
+        device: a JAX device; None takes the first.
     """
-    square = jnp.ones((size, size), jnp.float32)
+    square = jax.device_put(jnp.ones((size, size), dtype), device)
     multiply = jax.jit(lambda a: a @ a)
     jax.block_until_ready(multiply(square))
     best = float("inf")

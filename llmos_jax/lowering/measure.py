@@ -1,8 +1,8 @@
 """Turn the devices here into what they reach: matmuls, memory, links, as shares of a
 data sheet.
 
-About a second on an accelerator, each figure the median of a few repeats after one that
-compiles and warms up. Kept in the cache folder by kind and number of devices and by
+About a second on an accelerator, each figure from a few repeats after one that compiles
+and warms up. Kept in the cache folder by kind and number of devices and by
 versions, so a plan measures once and later plans agree with it.
 
 Known lies: one size each, large enough to be limited by what is measured; the links are
@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llmos_jax.ir import MeshShape, Topology
+from llmos_jax.lowering.devices import measure_matmul_flops_per_s
 from llmos_jax.places import cache_folder
 from llmos_jax.planner.collectives import gather_s, links_of
 from llmos_jax.telemetry import log
@@ -84,7 +85,9 @@ def measure(devices: Sequence[Any] | None = None) -> Measured:
     devices = list(jax.local_devices() if devices is None else devices)
     sizes = _ON_CPU if devices[0].platform == "cpu" else _ON_CHIPS
     return Measured(
-        matmul_flops_per_s=_matmul_flops_per_s(devices[0], sizes),
+        matmul_flops_per_s=measure_matmul_flops_per_s(
+            sizes.matmul, REPEATS, sizes.dtype, devices[0]
+        ),
         hbm_bytes_per_s=_copy_bytes_per_s(devices[0], sizes),
         gather_s=_gather_s(devices, sizes) if len(devices) > 1 else None,
         gather_bytes=sizes.gather_bytes,
@@ -146,12 +149,6 @@ def _cache_path(topology: Topology) -> Path:
     ]
     here = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
     return cache_folder() / "measured" / f"{topology.chip.name}-{here}.json"
-
-
-def _matmul_flops_per_s(device: Any, sizes: _Sizes) -> float:
-    n = sizes.matmul
-    square = jax.device_put(jnp.ones((n, n), sizes.dtype), device)
-    return 2 * n**3 / _median_s(jax.jit(lambda a: a @ a), square)
 
 
 def _copy_bytes_per_s(device: Any, sizes: _Sizes) -> float:

@@ -13,7 +13,7 @@ import importlib.metadata
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -173,17 +173,26 @@ def _extended(
     """The collectives of the whole model: what grows with the layers, grown."""
     if low.collectives is None or high.collectives is None:
         return None
-    before = {_identity(item): item for item in low.collectives}
+    before, after = _counts(low.collectives), _counts(high.collectives)
     extended = []
     for item in high.collectives:
-        twin = before.get(_identity(item))
-        count = item.count if twin is None else line(twin.count, item.count)
-        extended.append(replace(item, count=count))
+        key = _identity(item)
+        if key in after:  # alike ones are counted together, in the first's place
+            count = after.pop(key)
+            grown = line(before[key], count) if key in before else count
+            extended.append(replace(item, count=grown))
     return tuple(extended)
 
 
+def _counts(items: Iterable[Collective]) -> dict[tuple[Any, ...], int]:
+    counts: dict[tuple[Any, ...], int] = {}
+    for item in items:
+        counts[_identity(item)] = counts.get(_identity(item), 0) + item.count
+    return counts
+
+
 def _identity(item: Collective) -> tuple[Any, ...]:
-    return (item.op, item.axes, item.link, item.where)
+    return (item.op, item.axes, item.link, item.where, item.arrays, item.sliced)
 
 
 def _facts(
@@ -193,8 +202,8 @@ def _facts(
     collectives: tuple[Collective, ...] | None,
     proof: _Proof,
 ) -> dict[str, Any]:
-    found = None if collectives is None else table(collectives)
-    wrong = [] if collectives is None else audit(collectives, plan)
+    found = table(collectives or ())
+    wrong = audit(collectives or (), plan)
     return {
         "fidelity": fidelity,
         **{
@@ -204,6 +213,7 @@ def _facts(
         "compile_s": proof.compile_s,
         "jax": jax.__version__,
         "libtpu": _version("libtpu"),
+        "audited": collectives is not None,
         "collectives": found,
         "unplanned_collectives": [one.to_json() for one in wrong],
         "hlo_fingerprint": None if proof.text is None else hlo_fingerprint(proof.text),

@@ -256,6 +256,8 @@ def _collectives(plan: Plan) -> list[str]:
         return []
     planned = plan.compiled.get("collectives", [])
     strange = plan.compiled.get("unplanned_collectives", [])
+    if not plan.compiled.get("audited", True):
+        return ["Collectives: not read; this jaxlib cannot print the compiled step"]
     if not planned and not strange:
         return ["Collectives: none in the compiled step"]
     head = ("collective", "over", "link", "count", "bytes a step", "")

@@ -116,20 +116,23 @@ def _with_gradients(
 
 
 class _Where(NamedTuple):
-    """Mesh axes that split the vocabulary, that the stored head is gathered over, and
-    that its gradient is summed over beside."""
+    """Mesh axes that split the vocabulary and the sequences, that the stored head is
+    gathered over, and that its gradient is summed over beside."""
 
     vocab: tuple[str, ...]
+    seq: tuple[str, ...]
     gathered: tuple[str, ...]
     summed: tuple[str, ...]
 
 
 def _where(x_BTD: jax.Array, kernel_DV: jax.Array) -> _Where:
     (B, T, D), V = x_BTD.shape, kernel_DV.shape[1]
-    tokens = (*mesh_axes_of("batch", B), *mesh_axes_of("seq", T))
+    seq = mesh_axes_of("seq", T)
+    tokens = (*mesh_axes_of("batch", B), *seq)
     gathered = mesh_axes_of("embed", D, stored=True)
     return _Where(
         vocab=mesh_axes_of("vocab", V),
+        seq=seq,
         gathered=gathered,
         summed=tuple(axis for axis in tokens if axis not in gathered),
     )
@@ -187,7 +190,7 @@ def _tokens_of_one_device(
     (loss, dkernel_Dv), dx_kmD = jax.lax.scan(tile, zero, parts)
     dkernel_dv = _scattered(dkernel_Dv.astype(kernel_Dv.dtype), where.gathered)
     dkernel_dv = _over(jax.lax.psum, dkernel_dv, where.summed)
-    loss = loss * jnp.float32(scale)
+    loss = _over(jax.lax.psum, loss * jnp.float32(scale), where.seq)
     return loss[None], dx_kmD.reshape(x_btD.shape), dkernel_dv
 
 
@@ -248,7 +251,7 @@ def _vocab_of_one_device(
     dx_nD = _over(jax.lax.psum, dx_nD.astype(x_btD.dtype), where.vocab)
     dkernel_dv = jnp.moveaxis(dkernel_kdw, 0, 1).reshape(d, v)
     dkernel_dv = _over(jax.lax.psum, dkernel_dv, where.summed)
-    loss = jnp.sum(loss_n) * jnp.float32(scale)
+    loss = _over(jax.lax.psum, jnp.sum(loss_n) * jnp.float32(scale), where.seq)
     return loss[None], dx_nD.reshape(x_btD.shape), dkernel_dv
 
 

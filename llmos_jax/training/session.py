@@ -153,8 +153,14 @@ def lower_train_step(
     """Lower the training step of a plan for a mesh, whose devices need not be here.
 
     Raises:
-        LowerError: the plan uses a mesh axis that no program here runs on.
+        LowerError: the plan is of another phase, or uses a mesh axis that no program
+            here runs on.
     """
+    if plan.workload.phase != "train":
+        raise LowerError(
+            f"the plan is for a {plan.workload.phase} step; training needs "
+            "plan.phase=train."
+        )
     for axis in ("stage", "context", "expert"):
         if plan.mesh.sizes[axis] > 1:
             raise LowerError(

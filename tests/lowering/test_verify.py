@@ -108,7 +108,14 @@ def config_of(model, topology, *texts):
 
 
 KEYS = {
-    *("fidelity", "peak_hbm_bytes", "argument_bytes", "temp_bytes", "compile_s"),
+    *(
+        "fidelity",
+        "peak_hbm_bytes",
+        "argument_bytes",
+        "audited",
+        "temp_bytes",
+        "compile_s",
+    ),
     *("jax", "libtpu", "collectives", "unplanned_collectives", "hlo_fingerprint"),
 }
 AGREES = 0.03

@@ -161,3 +161,10 @@ def test_what_changes_the_numbers_is_said():
     text = explain(replace(chosen, chosen=replace(chosen.chosen, way=way)))
     assert "bfloat16, which changes the numbers of the run" in text
     assert "layer_input wait in host memory" in text
+
+
+def test_a_program_that_cannot_be_printed_is_not_called_silent():
+    unread = {**COMPILED, "audited": False, "collectives": []}
+    unread["unplanned_collectives"] = []
+    text = explain(replace(planned(), compiled=unread))
+    assert "Collectives: not read" in text and "none in the" not in text

@@ -139,6 +139,7 @@ MESHES = [
     {"data": 2, "tensor": 4},
     {"fsdp": 4, "tensor": 2},
     {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "context": 2, "tensor": 2},
 ]
 
 

@@ -12,10 +12,12 @@ import small
 
 from llmos_jax import models, training
 from llmos_jax.checkpoint import find_checkpoint
+from llmos_jax.config import load_config
 from llmos_jax.config.schema import TrainSection
 from llmos_jax.driver import plan as plan_of
-from llmos_jax.errors import ConfigError, PlanError
+from llmos_jax.errors import ConfigError, LowerError, PlanError
 from llmos_jax.ir import Way
+from llmos_jax.lowering import device_mesh
 from llmos_jax.training.step import accumulated
 
 HEADS = ("query", "key", "value", "context")
@@ -202,3 +204,21 @@ def test_a_run_on_a_pinned_way_trains_checkpoints_and_resumes(tmp_path, texts):
     assert stopped < 12
     assert small.train(texts(halves))["resumed_from"] == stopped
     assert small.losses(halves) == losses
+
+
+@pytest.mark.parametrize(
+    ("pin", "refusal"),
+    [
+        ("plan.phase=decode", "the plan is for a decode step"),
+        ("plan.mesh.context=2", "context=2, which is planned and not yet run"),
+    ],
+)
+def test_what_no_program_runs_is_planned_and_not_trained(skeleton, pin, refusal):
+    config = load_config(
+        None, ["model=tiny", "topology=cpu:8", "batch.global=8", "batch.seq_len=8", pin]
+    ).config
+    chosen = plan_of(config)
+    with pytest.raises(LowerError, match=refusal):
+        training.lower_train_step(
+            skeleton, chosen, config.train, device_mesh(chosen, jax.devices())
+        )
