@@ -50,6 +50,12 @@ class PlanSection:
     """Of the optimizer's moments; float32 unless pinned."""
     gradient_dtype: Dtype | None = None
     """Of gradients summed over microbatches; float32 unless pinned."""
+    schedule: Literal["gpipe", "1f1b", "circular"] | None = None
+    """In which order pipeline stages take microbatches (plan.mesh.stage above 1)."""
+    rounds: int | None = None
+    """Chunks of layers per stage of a circular pipeline."""
+    context_exchange: Literal["ring", "gather"] | None = None
+    """How keys and values travel where plan.mesh.context splits sequences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +74,8 @@ class TrainSection:
     """AdamW with linear warm-up and cosine decay, clipped by global norm."""
 
     steps: int = 1000
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` is plain gradient descent, without momentum: for comparisons."""
     max_minutes: float | None = None
     """Stop (saved, evaluated, reported) when this much training time has passed."""
     compute_dtype: Dtype = "bfloat16"
@@ -91,6 +99,20 @@ class TrainSection:
     """Steps between evaluations on the validation text; 0: only at the end."""
     eval_batches: int | None = None
     """Batches per evaluation on the way; None: the whole validation text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncSection:
+    """When replicas agree: after every step, or after many local ones (DiLoCo, arXiv
+    2311.08105: inner AdamW, outer Nesterov on how far the parameters moved)."""
+
+    strategy: Literal["every_step", "local"] = "every_step"
+    steps: int = 30
+    """`local`: steps each replica takes alone between two agreements."""
+    learning_rate: float = 0.7
+    """`local`: of the outer optimizer (DiLoCo, section 3.1)."""
+    momentum: float = 0.9
+    """`local`: of the outer optimizer, in Nesterov's form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +163,7 @@ class RunConfig(Artefact):
     batch: BatchSection = field(default_factory=BatchSection)
     plan: PlanSection = field(default_factory=PlanSection)
     train: TrainSection = field(default_factory=TrainSection)
+    sync: SyncSection = field(default_factory=SyncSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     data: DataSection = field(default_factory=DataSection)
     generate: GenerateSection = field(default_factory=GenerateSection)

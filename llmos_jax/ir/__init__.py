@@ -12,7 +12,9 @@ from llmos_jax.ir.model import ModelSpec, RopeScaling
 from llmos_jax.ir.neighbour import Neighbour
 from llmos_jax.ir.params import ParamRow, ParamTable
 from llmos_jax.ir.plan import (
+    EXCHANGES,
     REMATS,
+    SCHEDULES,
     TENSORS,
     Candidate,
     Estimate,
@@ -29,8 +31,10 @@ from llmos_jax.ir.topology import Chip, Topology
 from llmos_jax.ir.workload import Phase, Workload
 
 __all__ = [
+    "EXCHANGES",
     "MESH_AXES",
     "REMATS",
+    "SCHEDULES",
     "SECTIONS",
     "TENSORS",
     "Artefact",

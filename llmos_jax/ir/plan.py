@@ -61,6 +61,20 @@ TENSORS = (
 `query`, `key`, `value`, `out`, `ffn_gate`, `ffn_up`, `ffn_out` are what products with
 weights give; `context` is what attention gives, with its log-sums."""
 
+SCHEDULES = ("gpipe", "1f1b", "circular")
+"""Orders in which pipeline stages take microbatches (lowering: training/pipeline.py).
+
+- gpipe: all forward, then all backward (arXiv 1811.06965).
+- 1f1b: backward as soon as it can be; at most 2 stages - 1 microbatches wait, whatever
+  their number, and each stage's forward pass runs again for them (arXiv 2006.09503).
+- circular: gpipe over `rounds` smaller chunks of layers per stage (arXiv 2104.04473,
+  section 2.2), which divides the bubble by them.
+"""
+
+EXCHANGES = ("ring", "gather")
+"""How the devices of a split sequence see each other's keys and values: passed around a
+ring, block by block; or gathered first."""
+
 REMATS: dict[str, frozenset[str]] = {
     "none": frozenset(TENSORS),
     "dots": frozenset(TENSORS) - {"context"},
@@ -116,12 +130,25 @@ class Way:
     """Of gradients while they are summed over microbatches."""
     unrolled: bool = False
     """Whether the layers are written out instead of scanned."""
+    schedule: str = "gpipe"
+    """In which order pipeline stages take microbatches: one of SCHEDULES."""
+    rounds: int = 1
+    """Times each microbatch passes every stage: chunks of layers per stage. More than
+    one only for `circular`."""
+    context_exchange: str = "ring"
+    """How keys and values of a split sequence travel: one of EXCHANGES."""
 
     def __str__(self) -> str:
         said = [str(self.mesh), f"remat={self.remat}"]
         if self.offload:
             said.append(f"offload={'+'.join(self.offload)}")
         said.append(f"microbatches={self.microbatches}")
+        if self.mesh.stage > 1:
+            said.append(f"schedule={self.schedule}")
+            if self.rounds > 1:
+                said.append(f"rounds={self.rounds}")
+        if self.mesh.context > 1:
+            said.append(f"context_exchange={self.context_exchange}")
         for name in ("state_dtype", "gradient_dtype"):
             if getattr(self, name) != "float32":
                 said.append(f"{name}={getattr(self, name)}")
@@ -193,6 +220,9 @@ class Pins:
     loss_tiles: int | None = None
     state_dtype: str | None = None
     gradient_dtype: str | None = None
+    schedule: str | None = None
+    rounds: int | None = None
+    context_exchange: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,6 +359,9 @@ class Plan(Artefact):
                 "state_dtype": self.way.state_dtype,
                 "gradient_dtype": self.way.gradient_dtype,
                 "unrolled": self.way.unrolled,
+                "schedule": self.way.schedule,
+                "rounds": self.way.rounds,
+                "context_exchange": self.way.context_exchange,
             },
             "compiled": self.compiled,
             "runner_up": _candidate_json(self.runner_up),

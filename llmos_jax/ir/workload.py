@@ -28,6 +28,9 @@ class Workload(Artefact):
     """Of cached keys and values, when serving."""
     optimizer_moments: int = 2
     """Values an optimizer keeps per parameter: AdamW has two moments."""
+    local_steps: int = 0
+    """Training steps that each replica (mesh axis `data`) takes alone between two
+    agreements with the others; 0: they agree on every step's gradients."""
     max_step_s: float | None = None
     """Latency goal: a plan whose step takes longer is turned down."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from llmos_jax.ir import MESH_AXES, Plan
 
 
 def device_mesh(plan: Plan, devices: Sequence[Any] | None = None) -> Mesh:
-    """Place the plan's six axes on devices: ICI inside a slice, `data` across slices.
+    """Place the plan's six axes on devices: ICI inside a slice; `data`, then `stage`,
+    across slices.
 
     Args:
         plan: its mesh must cover exactly the devices.
@@ -47,11 +49,9 @@ def _arrange(plan: Plan, devices: list[Any], shape: tuple[int, ...]) -> np.ndarr
         return mesh_utils.create_device_mesh(
             shape, devices, allow_split_physical_axes=True
         )
-    data = MESH_AXES.index("data")
-    inside = [
-        size // slices if axis == data else size for axis, size in enumerate(shape)
-    ]
-    across = [slices if axis == data else 1 for axis in range(len(shape))]
+    over_data = math.gcd(plan.mesh.data, slices)
+    across = [over_data, slices // over_data, *(1 for _ in shape[2:])]
+    inside = [size // ways for size, ways in zip(shape, across, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(
         inside, across, devices, allow_split_physical_axes=True
     )

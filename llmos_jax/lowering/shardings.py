@@ -6,14 +6,14 @@ The rules were resolved by the planner; here names become objects, nothing is de
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llmos_jax.ir import Plan, Spec
-from llmos_jax.models.annotate import Axes, Stored
+from llmos_jax.ir import MESH_AXES, MeshShape, Plan, Spec
+from llmos_jax.models.annotate import Axes, Stored, annotated_by
 from llmos_jax.rules import resolve_activation, resolve_weight
 
 
@@ -70,11 +70,51 @@ class MeshSharder:
 
     plan: Plan
     mesh: Mesh
+    manual: tuple[str, ...] = ()
+    """Mesh axes of the surrounding `along`; annotations mean the others."""
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Constrain `x` to the sharding that the rules give its axes."""
-        spec = activation_spec(self.plan, axes, x.shape)
-        return jax.lax.with_sharding_constraint(x, named(self.mesh, spec))
+        spec = resolve_activation(self.plan.rules, axes, x.shape, self._shape)
+        return jax.lax.with_sharding_constraint(x, named(self._mesh, spec))
+
+    @property
+    def _shape(self) -> MeshShape:
+        """The mesh as annotations see it: nothing is split over manual axes."""
+        return replace(self.plan.mesh, **dict.fromkeys(self.manual, 1))
+
+    @property
+    def _mesh(self) -> Any:
+        """The mesh, or inside `along` what JAX knows it by there."""
+        return jax.sharding.get_abstract_mesh() if self.manual else self.mesh
+
+    def along(
+        self,
+        mesh_axes: tuple[str, ...],
+        function: Callable[..., Any],
+        arrays: tuple[Any, ...],
+        in_split: tuple[Any, ...],
+        out_split: Any,
+    ) -> Any:
+        """Run `function` under a shard_map over some mesh axes; others stay automatic.
+
+        Inside, a MeshSharder that knows of it answers to annotations.
+        """
+        inside = replace(self, manual=(*self.manual, *mesh_axes))
+
+        def part(*parts: Any) -> Any:
+            with annotated_by(inside):
+                return function(*parts)
+
+        mapped = jax.shard_map(
+            part,
+            mesh=self._mesh,
+            in_specs=in_split,
+            out_specs=out_split,
+            axis_names=set(mesh_axes),
+            check_vma=False,
+        )
+        return mapped(*arrays)
 
     def per_shard(
         self,
@@ -92,7 +132,7 @@ class MeshSharder:
         for array, axes in zip(arrays, in_axes, strict=True):
             is_stored = isinstance(axes, Stored)
             resolve = resolve_weight if is_stored else resolve_activation
-            spec = resolve(self.plan.rules, axes, array.shape, self.plan.mesh)
+            spec = resolve(self.plan.rules, axes, array.shape, self._shape)
             (stored if is_stored else used).update(zip(axes, spec, strict=True))
             in_specs.append(PartitionSpec(*spec))
 
@@ -107,9 +147,10 @@ class MeshSharder:
         )
         mapped = jax.shard_map(
             function,
-            mesh=self.mesh,
+            mesh=self._mesh,
             in_specs=tuple(in_specs),
             out_specs=out_specs,
+            axis_names=set(MESH_AXES) - set(self.manual),
             check_vma=False,
         )
         return mapped(*arrays)
@@ -117,7 +158,7 @@ class MeshSharder:
     def mesh_axes(self, axis: str, size: int, stored: bool) -> tuple[str, ...]:
         """Mesh axes that split an axis of an activation, or of a weight."""
         resolve = resolve_weight if stored else resolve_activation
-        (entry,) = resolve(self.plan.rules, (axis,), (size,), self.plan.mesh)
+        (entry,) = resolve(self.plan.rules, (axis,), (size,), self._shape)
         return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 

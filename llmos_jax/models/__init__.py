@@ -3,13 +3,15 @@
 from llmos_jax.models.annotate import (
     Axes,
     Stored,
+    along,
     annotate,
     annotated_by,
     mesh_axes_of,
     per_shard,
 )
+from llmos_jax.models.attention import token_order
 from llmos_jax.models.cache import KVCache, empty_cache
-from llmos_jax.models.decoder import Decoder
+from llmos_jax.models.decoder import Decoder, Pass, Stack
 from llmos_jax.models.moe import Routing
 from llmos_jax.models.skeleton import Params, Skeleton, param_table, skeleton
 
@@ -18,9 +20,12 @@ __all__ = [
     "Decoder",
     "KVCache",
     "Params",
+    "Pass",
     "Routing",
     "Skeleton",
+    "Stack",
     "Stored",
+    "along",
     "annotate",
     "annotated_by",
     "empty_cache",
@@ -28,4 +33,5 @@ __all__ = [
     "param_table",
     "per_shard",
     "skeleton",
+    "token_order",
 ]

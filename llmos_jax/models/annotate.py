@@ -4,7 +4,9 @@ A module calls `annotate(x_BTD, "batch", "seq", "embed")` and knows nothing of m
 By default that does nothing. While lowering traces a model it installs a Sharder that
 turns the names into a sharding constraint, resolved strictly from the plan's rules.
 `per_shard` is for what a partitioner cannot split by itself (a kernel, a loop that
-sums): each device runs the function on its own part.
+sums): each device runs the function on its own part. `along` does so for some mesh axes
+only (the stages of a pipeline, replicas that learn alone): inside it, annotations mean
+the other axes.
 """
 
 from __future__ import annotations
@@ -42,6 +44,16 @@ class Sharder(Protocol):
     ) -> Any:
         """Run `function` on every device's parts of `arrays`."""
 
+    def along(
+        self,
+        mesh_axes: tuple[str, ...],
+        function: Callable[..., Any],
+        arrays: tuple[Any, ...],
+        in_split: tuple[Any, ...],
+        out_split: Any,
+    ) -> Any:
+        """Run `function` once per position along `mesh_axes`."""
+
     def mesh_axes(self, axis: str, size: int, stored: bool) -> tuple[str, ...]:
         """Mesh axes that split a logical axis of an activation, or of a weight."""
 
@@ -77,6 +89,32 @@ def per_shard(
     if sharder is None:
         return function(*arrays)
     return sharder.per_shard(function, arrays, in_axes, out_axes)
+
+
+def along(
+    mesh_axes: tuple[str, ...],
+    function: Callable[..., Any],
+    *arrays: Any,
+    in_split: tuple[Any, ...],
+    out_split: Any,
+) -> Any:
+    """Return `function(*arrays)`, run once per position along `mesh_axes`.
+
+    Over those axes the function's collectives are its own business (`jax.lax.psum` and
+    the like); over all others it is partitioned as its annotations say.
+
+    Args:
+        mesh_axes: e.g. ("stage",).
+        function: takes and returns the parts of one position.
+        arrays: trees of whole arrays.
+        in_split: for each, a tree prefix of PartitionSpecs that name `mesh_axes` only.
+        out_split: the same of the result; what is not split must be equal at all
+            positions.
+    """
+    assert len(arrays) == len(in_split), (len(arrays), in_split)
+    sharder = _sharder.get()
+    assert sharder is not None, "along() is for what lowering traces"
+    return sharder.along(mesh_axes, function, arrays, in_split, out_split)
 
 
 def mesh_axes_of(axis: str, size: int, *, stored: bool = False) -> tuple[str, ...]:

@@ -6,8 +6,11 @@ size.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from llmos_jax.ir import ModelSpec
@@ -21,6 +24,27 @@ Angles = tuple[jax.Array, jax.Array]
 """Cos and sin, float32 [B, T, H/2]."""
 
 _Q_AXES = ("batch", "seq", "heads", "head_dim")
+
+
+class Sight(NamedTuple):
+    """What attention sees by."""
+
+    position_BT: jax.Array | None
+    """int32 positions. None: whole sequences from position 0, for which the fastest
+    kernels are; a cache is then only written."""
+    angles: Angles
+    """Of the same positions."""
+    segment_BT: jax.Array | None = None
+    """int32 document of each token; tokens see those of their own alone."""
+    exchange: str = "ring"
+    """How keys and values of a split sequence travel (ir/plan.py, EXCHANGES)."""
+
+
+def token_order(T: int) -> np.ndarray | None:
+    """Return the position [T] that each token of a sequence comes from, where a mesh
+    splits sequences and attention wants them in another order; None: their own."""
+    del T
+    return None
 
 
 class Attention(nnx.Module):
@@ -42,19 +66,17 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        position_BT: jax.Array | None,
-        angles: Angles,
+        sight: Sight,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Attend; with a cache, write these keys first and attend to all of it.
 
         Args:
             x_BTD: normed activations.
-            position_BT: int32 positions. None: whole sequences from position 0, for
-                which the fastest kernels are; a cache is then only written.
-            angles: of these positions.
+            sight: where the tokens stand, and which of them see each other.
             cache: keys and values of earlier tokens, or None.
         """
+        position_BT, angles = sight.position_BT, sight.angles
         q_BTNH = project(x_BTD, self.q[...], name="query")
         k_BTKH = project(x_BTD, self.k[...], name="key")
         v_BTKH = project(x_BTD, self.v[...], name="value")

@@ -6,6 +6,8 @@ stacked along a leading `layers` axis, so a model of any depth compiles one bloc
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmos_jax.ir import ModelSpec
 from llmos_jax.models.annotate import Axes, annotate
-from llmos_jax.models.attention import Attention
+from llmos_jax.models.attention import Attention, Sight, token_order
 from llmos_jax.models.cache import KVCache
 from llmos_jax.models.layers import Embedding, Head, RMSNorm, SwiGLU
 from llmos_jax.models.moe import MoE, Routing
@@ -39,18 +41,41 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        position_BT: jax.Array | None,
-        angles: tuple[jax.Array, jax.Array],
+        sight: Sight,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, tuple[KVCache | None, Routing | None]]:
-        out_BTD, cache = self.attention(
-            self.attention_norm(x_BTD), position_BT, angles, cache
-        )
-        x_BTD = annotate(x_BTD + out_BTD, "batch", "seq", "embed")
-        made = self.ffn(self.ffn_norm(x_BTD))
+        normed_BTD = annotate(self.attention_norm(x_BTD), "batch", "seq", "embed")
+        out_BTD, cache = self.attention(normed_BTD, sight, cache)
+        x_BTD = annotate(x_BTD + out_BTD, "batch", "residual", "embed")
+        made = self.ffn(annotate(self.ffn_norm(x_BTD), "batch", "seq", "embed"))
         out_BTD, routing = made if isinstance(made, tuple) else (made, None)
-        x_BTD = annotate(x_BTD + out_BTD, "batch", "seq", "embed")
+        x_BTD = annotate(x_BTD + out_BTD, "batch", "residual", "embed")
         return x_BTD, (cache, routing)
+
+
+class Stack(NamedTuple):
+    """Some consecutive layers of a decoder: plain data, to be cut and scanned."""
+
+    graph: Any
+    state: Any
+    """Arrays with the layers in front."""
+
+
+class Pass(NamedTuple):
+    """How layers run, forward and back (ir/plan.py, Way)."""
+
+    remat: str = "none"
+    """What a backward pass finds saved."""
+    offload: tuple[str, ...] = ()
+    """Saved tensors that wait for it in host memory."""
+    unroll: bool = False
+    """Write all layers out instead of looping over one: faster on CPUs, where a loop
+    copies what it keeps, and slower to compile."""
+    exchange: str = "ring"
+    """How keys and values of a split sequence travel."""
+
+
+PLAIN = Pass()
 
 
 class Decoder(nnx.Module):
@@ -77,10 +102,6 @@ class Decoder(nnx.Module):
         tokens_BT: jax.Array,
         position_BT: jax.Array | None = None,
         cache: KVCache | None = None,
-        *,
-        remat: str = "none",
-        offload: tuple[str, ...] = (),
-        unroll: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         """Return [B, T, D] before the head, and the cache with this step written.
 
@@ -88,54 +109,86 @@ class Decoder(nnx.Module):
             tokens_BT: int32 token ids.
             position_BT: int32 positions; None counts from 0.
             cache: keys and values of earlier tokens, or None.
-            remat: what a backward pass finds saved (ir/plan.py, REMATS).
-            offload: saved tensors that wait for it in host memory.
-            unroll: write all layers out instead of looping over one; faster on CPUs,
-                where a loop copies what it keeps, and slower to compile.
         """
-        x_BTD, cache, _ = self.routed_features(
-            *(tokens_BT, position_BT, cache),
-            remat=remat,
-            offload=offload,
-            unroll=unroll,
+        sight = self.sight(tokens_BT.shape, position_BT)
+        x_BTD, cache, _ = self.through(
+            self.stack, self.embedded(tokens_BT), sight, cache
         )
-        return x_BTD, cache
+        return self.final_norm(x_BTD), cache
 
     def routed_features(
         self,
         tokens_BT: jax.Array,
+        segment_BT: jax.Array | None = None,
+        how: Pass = PLAIN,
+    ) -> tuple[jax.Array, Routing | None]:
+        """Return features of whole sequences, and what each layer's router did: arrays
+        with a leading L, or None for a model without experts.
+
+        Args:
+            tokens_BT: int32 token ids; where a mesh splits sequences, in the order of
+                `token_order`.
+            segment_BT: int32 document of each token, in the same order; tokens see
+                those of their own alone. None: all are one.
+            how: what a backward pass finds saved, and where.
+        """
+        sight = self.sight(tokens_BT.shape, None, segment_BT, how.exchange)
+        x_BTD, _, routing = self.through(
+            self.stack, self.embedded(tokens_BT), sight, how=how
+        )
+        return self.final_norm(x_BTD), routing
+
+    def sight(
+        self,
+        shape: tuple[int, ...],
         position_BT: jax.Array | None = None,
-        cache: KVCache | None = None,
-        *,
-        remat: str = "none",
-        offload: tuple[str, ...] = (),
-        unroll: bool = False,
-    ) -> tuple[jax.Array, KVCache | None, Routing | None]:
-        """Return what `features` does, and what each layer's router did: arrays with a
-        leading L, or None for a model without experts."""
-        B, T = tokens_BT.shape
+        segment_BT: jax.Array | None = None,
+        exchange: str = "ring",
+    ) -> Sight:
+        """Return what attention sees by, for [B, T] tokens; None counts from 0."""
+        B, T = shape
         counted_BT = position_BT
         if counted_BT is None:
-            counted_BT = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
+            order = token_order(T)
+            counted_T = jnp.arange(T) if order is None else jnp.asarray(order)
+            counted_BT = jnp.broadcast_to(counted_T[None, :], (B, T))
         angles = rotary_angles(counted_BT, self.spec)
-        x_BTD = annotate(self.embed(tokens_BT), "batch", "seq", "embed")
-        graph, stacked = nnx.split(self.layers)
+        return Sight(position_BT, angles, segment_BT, exchange)
+
+    def embedded(self, tokens_BT: jax.Array) -> jax.Array:
+        """Return what the first layer takes: [B, T, D]."""
+        return annotate(self.embed(tokens_BT), "batch", "residual", "embed")
+
+    @property
+    def stack(self) -> Stack:
+        """All layers."""
+        return Stack(*nnx.split(self.layers))
+
+    def through(
+        self,
+        stack: Stack,
+        x_BTD: jax.Array,
+        sight: Sight,
+        cache: KVCache | None = None,
+        how: Pass = PLAIN,
+    ) -> tuple[jax.Array, KVCache | None, Routing | None]:
+        """Send activations through the layers of a stack, one after another."""
 
         def body(
             x_BTD: jax.Array, layer: tuple[nnx.State, KVCache | None]
         ) -> tuple[jax.Array, tuple[KVCache | None, Routing | None]]:
-            block = nnx.merge(graph, layer[0])
-            if "layer_input" in offload:
+            block = nnx.merge(stack.graph, layer[0])
+            if "layer_input" in how.offload:
                 x_BTD = checkpoint_name(x_BTD, "layer_input")
-            return block(x_BTD, position_BT, angles, layer[1])
+            return block(x_BTD, sight, layer[1])
 
         x_BTD, (cache, routing) = jax.lax.scan(
-            rematerialised(body, remat, offload),
+            rematerialised(body, how.remat, how.offload),
             x_BTD,
-            (stacked, cache),
-            unroll=unroll or 1,
+            (stack.state, cache),
+            unroll=how.unroll or 1,
         )
-        return self.final_norm(x_BTD), cache, routing
+        return x_BTD, cache, routing
 
     def head_kernel(self) -> tuple[jax.Array, Axes]:
         """Return the weight that makes logits, and its axes: vocab first if tied."""

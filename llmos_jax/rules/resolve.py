@@ -15,7 +15,7 @@ from llmos_jax.ir.plan import MeshShape
 from llmos_jax.ir.rules import Rules, Spec
 from llmos_jax.rules.load import load_axes, locate
 
-_BATCH_AXES = frozenset({"batch", "seq", "kv_seq"})
+_BATCH_AXES = frozenset({"batch", "seq", "residual", "kv_seq"})
 """Axes that activations have of their own, without any weight that carries them."""
 
 Axes = tuple[str | None, ...]

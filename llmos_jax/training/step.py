@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from llmos_jax.ir import Way
-from llmos_jax.models import Params, Routing, Skeleton
+from llmos_jax.models import Params, Pass, Routing, Skeleton
 from llmos_jax.training.loss import tiled_loss, token_losses
 from llmos_jax.training.router import (
     NO_ROUTER_LOSS,
@@ -105,8 +105,8 @@ def _mean_loss(
     """`mean_loss`, and what each layer's router did."""
     cast = {path: value.astype(compute_dtype) for path, value in params.items()}
     model = skeleton.bind(cast)
-    features_BTD, _, routing = model.routed_features(
-        batch["inputs"], remat=way.remat, offload=way.offload, unroll=way.unrolled
+    features_BTD, routing = model.routed_features(
+        batch["inputs"], batch.get("segments"), how_of(way)
     )
     if way.loss_tiles > 1:
         kernel, axes = model.head_kernel()
@@ -117,6 +117,11 @@ def _mean_loss(
         logits_BTV = model.logits(features_BTD)
         loss = jnp.mean(token_losses(logits_BTV, batch["targets"]))
     return loss, routing
+
+
+def how_of(way: Way) -> Pass:
+    """How a way runs the layers."""
+    return Pass(way.remat, way.offload, way.unrolled, way.context_exchange)
 
 
 def accumulated(
