@@ -18,6 +18,7 @@ from llmos_jax.config import (
     BatchSection,
     PlanSection,
     RunConfig,
+    SyncSection,
     load_config,
     load_model,
     override_config,
@@ -134,10 +135,8 @@ def ask_compiler(
     def build(wanted: Plan) -> tuple[lowering.Program, Any]:
         mesh = lowering.device_mesh(wanted, devices)
         spec = wanted.params.spec or skeleton.spec
-        program = training.lower_train_step(
-            models.skeleton(spec), wanted, config.train, mesh
-        )
-        return program, mesh
+        model = models.skeleton(spec)
+        return training.lower_train_step(model, wanted, config, mesh), mesh
 
     def shortened(wanted: Plan, layers: int) -> Plan:
         spec = replace(skeleton.spec, num_layers=layers)
@@ -150,11 +149,18 @@ def ask_compiler(
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Config -> checkpoints, metrics and a report in `run.dir`; returns report.json."""
-    from llmos_jax import data, lowering, models, training
-    from llmos_jax.telemetry import log
+    from llmos_jax import lowering
 
     lowering.join_processes()
     lowering.keep_compiled_programs()
+    with lowering.shared_fate():
+        return _train(config)
+
+
+def _train(config: RunConfig) -> dict[str, Any]:
+    from llmos_jax import data, lowering, models, training
+    from llmos_jax.telemetry import log
+
     is_first = lowering.is_first_process()
     say = partial(log, enabled=is_first)
 
@@ -163,6 +169,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     say(chosen.explain())
     folder = training.open_folder(config)
     folder.check_model(skeleton.spec)
+    folder.check_replicas(training.local_replicas(chosen))
     finished = folder.finished_report(config.train.steps)
     if finished is not None:
         say(f"{folder.path} is finished: {folder.resume_step} steps, nothing to do.")
@@ -234,11 +241,18 @@ def evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
     The text is `data.test`, else `data.validation`, else the part that the run itself
     held out; always cut with the tokenizer that the checkpoint carries.
     """
-    from llmos_jax import checkpoint, data, lowering, training
-    from llmos_jax.telemetry import log
+    from llmos_jax import lowering
 
     lowering.join_processes()
     lowering.keep_compiled_programs()
+    with lowering.shared_fate():
+        return _evaluate(model, overrides)
+
+
+def _evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
+    from llmos_jax import checkpoint, data, training
+    from llmos_jax.telemetry import log
+
     opened = checkpoint.open_checkpoint(model)
     config = _config_of(opened, model, overrides)
     text = data.prepare_scored(
@@ -307,8 +321,8 @@ def resolve_workload(
     """The step a config asks for on a machine.
 
     Raises:
-        ConfigError: a sequence longer than the model's context, or a
-            `batch.per_device` that makes no whole batch.
+        ConfigError: a sequence longer than the model's context, a `batch.per_device`
+            that makes no whole batch, or replicas that never agree.
     """
     batch = config.batch
     if batch.seq_len > spec.max_seq_len:
@@ -331,7 +345,10 @@ def resolve_workload(
         global_batch=round(global_batch),
         seq_len=batch.seq_len,
         compute_dtype=config.train.compute_dtype,
+        optimizer_moments=2 if config.train.optimizer == "adamw" else 0,
     )
+    if config.sync.strategy == "local" and step.phase == "train":
+        step = replace(step, local_steps=_local_steps(config))
     if step.phase != "train":
         goal_ms = config.serve.max_step_ms
         step = replace(
@@ -343,13 +360,23 @@ def resolve_workload(
     return step.check()
 
 
+def _local_steps(config: RunConfig) -> int:
+    if config.sync.steps < 1:
+        raise ConfigError(
+            f"sync.steps = {config.sync.steps}: replicas that learn alone must agree "
+            "after some number of steps. Set sync.steps to 1 or more."
+        )
+    return config.sync.steps
+
+
 def _config_of(
     opened: OpenedCheckpoint, model: str, overrides: Sequence[str]
 ) -> RunConfig:
     """The config of a checkpoint's run, freed of what only training needs.
 
-    The devices here may be others than the run had, so its batch, mesh and topology go;
-    overrides may set them again. A checkpoint away from its run has the defaults.
+    The devices here may be others than the run had, so its batch, mesh, topology and
+    way of agreeing go; overrides may set them again. A checkpoint away from its run has
+    the defaults.
     """
     from llmos_jax import lowering
 
@@ -361,6 +388,7 @@ def _config_of(
         kept,
         topology=None,
         plan=PlanSection(),
+        sync=SyncSection(),
         batch=BatchSection(
             seq_len=min(kept.batch.seq_len, spec.max_seq_len), global_=8 * devices
         ),

@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ.setdefault("NPROC", "32")  # lowering/devices.py says why
 
 import jax
 

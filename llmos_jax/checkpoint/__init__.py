@@ -1,7 +1,11 @@
 """Save and restore runs by path, with Orbax, onto any mesh."""
 
 from llmos_jax.checkpoint.find import Found, find_checkpoint
-from llmos_jax.checkpoint.manifest import Manifest, check_same_model
+from llmos_jax.checkpoint.manifest import (
+    Manifest,
+    check_same_model,
+    check_same_replicas,
+)
 from llmos_jax.checkpoint.opened import OpenedCheckpoint, inspect, open_checkpoint
 from llmos_jax.checkpoint.store import CheckpointStore, require_space
 
@@ -11,6 +15,7 @@ __all__ = [
     "Manifest",
     "OpenedCheckpoint",
     "check_same_model",
+    "check_same_replicas",
     "find_checkpoint",
     "inspect",
     "open_checkpoint",

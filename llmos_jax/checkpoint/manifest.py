@@ -25,6 +25,9 @@ class Manifest(Artefact):
     """Position in the training data, as `TrainBatches.get_state` gave it."""
     metrics: dict[str, float] = field(default_factory=dict)
     made_by: dict[str, str] = field(default_factory=dict)
+    local_replicas: int = 0
+    """Replicas that learn alone, whose own parameters are here too; 0: there are none
+    (sync.strategy)."""
 
 
 _NAMES_ONLY = {"name", "source", "max_seq_len"}
@@ -48,3 +51,25 @@ def check_same_model(manifest: Manifest, spec: ModelSpec, where: str) -> None:
             f"{spec.name}: {', '.join(differing)}. "
             "Name the same model, or another folder with --set run.dir=..."
         )
+
+
+def check_same_replicas(manifest: Manifest, wanted: int, where: str) -> None:
+    """Refuse a checkpoint whose replicas learn alone, if `wanted` many do not.
+
+    Raises:
+        PlanMismatch: naming sync.strategy and what to set.
+    """
+    saved = manifest.local_replicas
+    if saved == wanted:
+        return
+    same = f"local and plan.mesh.data={saved}" if saved else "every_step"
+    raise PlanMismatch(
+        f"{where} was trained with {_strategy(saved)}, and the config asks for "
+        f"{_strategy(wanted)}. Set sync.strategy={same} to go on, or start afresh in "
+        "another folder with --set run.dir=..."
+    )
+
+
+def _strategy(replicas: int) -> str:
+    alone = f"local over {replicas} replicas" if replicas else "every_step"
+    return f"sync.strategy = {alone}"

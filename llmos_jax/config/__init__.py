@@ -14,6 +14,7 @@ from llmos_jax.config.schema import (
     DataSection,
     PlanSection,
     RunConfig,
+    SyncSection,
 )
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Loaded",
     "PlanSection",
     "RunConfig",
+    "SyncSection",
     "load_config",
     "load_model",
     "load_prices",

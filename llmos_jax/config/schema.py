@@ -138,6 +138,8 @@ class DataSection:
     tokenizer: str = "train"
     """`train`: a byte-level BPE with the model's vocabulary, trained on data.train and
     cached; `bytes`: 256 bytes and an end mark; or the path of a tokenizer.json."""
+    document_mask: bool = False
+    """Tokens attend within their own document only; rows still hold several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,11 @@ Grain shuffles the rows anew each epoch by a keyed permutation, so the row at an
 position of the run is a function of (seed, position): a run resumes at any step in
 O(1), on any number of processes, each reading the rows of the global batch that its
 devices hold. Legend: T query tokens (the row), B sequences.
+
+With a document mask a batch says which document of its row each token belongs to. A
+document begins with its end mark (token_file.py), so its first token is predicted from
+that mark alone, the next mark from the document it ends, and no target has another
+document in its context: all of them count in the loss.
 """
 
 from __future__ import annotations
@@ -49,10 +54,17 @@ class RowSource:
 class _StepSource:
     """Batches by step: the chosen rows of the global batch that the step trains on."""
 
-    def __init__(self, rows: grain.MapDataset, positions: list[int], num_rows: int):
+    def __init__(
+        self,
+        rows: grain.MapDataset,
+        positions: list[int],
+        num_rows: int,
+        mark: int | None,
+    ):
         self._rows = rows
         self._positions = positions
         self._global_batch = num_rows
+        self._mark = mark
 
     def __len__(self) -> int:
         return sys.maxsize // self._global_batch
@@ -60,16 +72,18 @@ class _StepSource:
     def __getitem__(self, step: int) -> Batch:
         start = step * self._global_batch
         block = np.stack([self._rows[start + position] for position in self._positions])
-        return {
+        batch = {
             "inputs": np.ascontiguousarray(block[:, :-1]),
             "targets": np.ascontiguousarray(block[:, 1:]),
         }
+        return batch | _segments(batch["inputs"], self._mark)
 
 
 class TrainBatches:
     """An endless iterator of training batches that can be asked for any step.
 
-    Each batch is {"inputs", "targets"}, int32 [len(rows), T].
+    Each batch is {"inputs", "targets"}, int32 [len(rows), T], and "segments" with a
+    document mask: the number of each input's document within its row, from 0.
     """
 
     def __init__(
@@ -82,6 +96,7 @@ class TrainBatches:
         rows: Sequence[int] | None = None,
         start_step: int = 0,
         prefetch: bool = True,
+        document_mask: bool = False,
     ):
         """Begin at `start_step`.
 
@@ -94,6 +109,7 @@ class TrainBatches:
                 wants them; None for all.
             start_step: the step of the first batch.
             prefetch: read ahead in a thread; the order is the same without.
+            document_mask: add "segments".
         """
         wanted = list(range(global_batch) if rows is None else rows)
         assert all(0 <= row < global_batch for row in wanted), (
@@ -105,7 +121,10 @@ class TrainBatches:
             .shuffle()
             .repeat()
         )
-        self._steps = grain.MapDataset.source(_StepSource(order, wanted, global_batch))
+        mark = _mark(tokens, document_mask)
+        self._steps = grain.MapDataset.source(
+            _StepSource(order, wanted, global_batch, mark)
+        )
         self._identity = {
             "tokens": tokens.fingerprint,
             "seq_len": seq_len,
@@ -179,12 +198,14 @@ def evaluation_batches(
     batch: int,
     limit: int | None = None,
     rows: Sequence[int] | None = None,
+    document_mask: bool = False,
 ) -> Iterator[Batch]:
     """Yield {"inputs", "targets" int32, "weights" float32}, [batch, T], in order.
 
     Every token but the first is a target of weight 1 exactly once; what fills the last
     rows has weight 0. With a `limit`, that many batches spread evenly over the text, so
     that a part still stands for the whole. `rows` picks rows of each batch.
+    `document_mask` adds "segments", as in training.
     """
     if tokens.num_tokens < 2:
         raise DataError(f"{tokens.path.stem} text has no token to predict.")
@@ -192,8 +213,10 @@ def evaluation_batches(
     whole = num_evaluation_batches(tokens, seq_len=seq_len, batch=batch)
     count = num_evaluation_batches(tokens, seq_len=seq_len, batch=batch, limit=limit)
     chosen = slice(None) if rows is None else list(rows)
+    mark = _mark(tokens, document_mask)
     for index in range(count):
         block = _evaluation_batch(ids, index * whole // count, seq_len, batch)
+        block |= _segments(block["inputs"], mark)
         yield {name: value[chosen] for name, value in block.items()}
 
 
@@ -212,3 +235,23 @@ def _evaluation_batch(ids: np.ndarray, index: int, seq_len: int, batch: int) -> 
             ("weights", weights),
         )
     }
+
+
+def _mark(tokens: TokenFile, document_mask: bool) -> int | None:
+    """The token that begins a new segment; None where there are no segments."""
+    if not document_mask:
+        return None
+    if tokens.end_id is None:
+        raise DataError(
+            f"{tokens.path.stem} text has no end mark that tells its documents apart. "
+            "Leave data.document_mask out."
+        )
+    return tokens.end_id
+
+
+def _segments(inputs_BT: np.ndarray, mark: int | None) -> Batch:
+    if mark is None:
+        return {}
+    begins_BT = inputs_BT == mark
+    begins_BT[:, 0] = False
+    return {"segments": np.cumsum(begins_BT, axis=1, dtype=np.int32)}

@@ -34,6 +34,8 @@ class TokenFile:
     num_bytes: int
     num_documents: int
     fingerprint: str
+    end_id: int | None = None
+    """The end mark; None where documents cannot be told apart."""
     raw: Path | None = None
 
     def open(self) -> np.ndarray:
@@ -62,6 +64,7 @@ def encode(spool: Spool, tokenizer: Tokenizer, path: Path) -> dict[str, Any]:
         "num_bytes": spool.num_bytes,
         "num_documents": spool.num_documents,
         "fingerprint": _fingerprint(path),
+        "end_id": tokenizer.eos_id,
     }
 
 

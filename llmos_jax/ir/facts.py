@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmos_jax.errors import ConfigError
-from llmos_jax.ir.plan import MeshShape, Plan
+from llmos_jax.ir.plan import MeshShape, Plan, Way
 
 Facts = dict[str, dict[str, Any]]
 
@@ -30,6 +30,7 @@ def facts_of(plan: Plan) -> Facts:
         "compute dtype": work.compute_dtype,
         "weights dtype": work.param_dtype,
         "optimizer moments": work.optimizer_moments,
+        "local steps": work.local_steps,
     }
     facts["specs"] = {path: _spec(spec) for path, spec in plan.specs.items()}
     return facts
@@ -67,7 +68,7 @@ def _facts(summary: Mapping[str, Any]) -> Facts:
             "remat": summary["remat"],
             "offload": "+".join(summary["offload"]) or "nothing",
             "microbatches": batch["microbatches"],
-            **{key: _plain(value) for key, value in summary.get("way", {}).items()},
+            **_way(summary.get("way", {}), summary["mesh"]),
         },
         "specs": {},
         "predicted": {
@@ -77,6 +78,19 @@ def _facts(summary: Mapping[str, Any]) -> Facts:
             **{f"{axis} lies on": links for axis, links in placement.items()},
         },
         "compiled": _compiled(summary.get("compiled")),
+    }
+
+
+_ONLY_WITH = {"schedule": "stage", "rounds": "stage", "context_exchange": "context"}
+"""Decisions that mean nothing where this mesh axis is 1."""
+
+
+def _way(way: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, Any]:
+    """What was decided beside the mesh, as far as it means anything on it."""
+    return {
+        key: _plain(value)
+        for key, value in way.items()
+        if mesh.get(_ONLY_WITH.get(key, ""), 2) > 1
     }
 
 
@@ -96,6 +110,41 @@ def _compiled(compiled: Mapping[str, Any] | None) -> dict[str, Any]:
     if compiled.get("hlo_fingerprint"):
         facts["hlo_fingerprint"] = compiled["hlo_fingerprint"]
     return facts
+
+
+def ticks_of(way: Way) -> int:
+    """Turns that every stage takes in the forward pass of one step, idle ones too.
+
+    A turn is one microbatch through one chunk of layers: a stage's, or where each stage
+    has several (`rounds`), one of them. P stages, M microbatches, R rounds: R M + P - 1
+    (arXiv 2104.04473, section 2.2).
+    """
+    return way.rounds * way.microbatches + way.mesh.stage - 1
+
+
+def bubble_of(way: Way) -> float:
+    """The share of a pipeline's turns in which a stage has nothing to do."""
+    return (way.mesh.stage - 1) / ticks_of(way)
+
+
+def loss_parts(way: Way) -> int:
+    """Microbatches that a pipeline makes the loss of at one time: all of them, or with
+    `1f1b` one."""
+    return way.microbatches if way.mesh.stage > 1 and way.schedule != "1f1b" else 1
+
+
+def schedule_text(way: Way) -> str:
+    """A pipeline's schedule in words: `circular, 2 rounds, bubble 16%`."""
+    rounds = f", {way.rounds} rounds" if way.rounds > 1 else ""
+    return f"{way.schedule}{rounds}, bubble {bubble_of(way):.0%}"
+
+
+def exchange_text(way: Way) -> str:
+    """How the keys and values of a split sequence travel, in words."""
+    return {
+        "ring": "ring (passed on block by block, behind the attention)",
+        "gather": "gather (whole before the attention)",
+    }[way.context_exchange]
 
 
 def axes_text(axes: object) -> str:

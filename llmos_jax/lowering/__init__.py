@@ -16,6 +16,7 @@ from llmos_jax.lowering.devices import (
 from llmos_jax.lowering.inspect import inspect
 from llmos_jax.lowering.measure import measured_topology
 from llmos_jax.lowering.mesh import device_mesh
+from llmos_jax.lowering.peers import shared_fate
 from llmos_jax.lowering.program import Program, abstract, lower
 from llmos_jax.lowering.shardings import (
     MeshSharder,
@@ -63,4 +64,5 @@ __all__ = [
     "probe_plan",
     "quiet",
     "replicated",
+    "shared_fate",
 ]

@@ -4,7 +4,8 @@ Weights split over batch axes are gathered one layer at a time, and their gradie
 scattered back; gradients are summed over the axes that do not split their weight; axes
 that split a width sum, gather or scatter activations; a lookup in a split table may
 exchange tokens; context, expert and stage axes exchange what their names say. Between
-slices only gradient sums travel. Everything else is unplanned, with one sentence each.
+slices gradient sums travel, and activations from stage to stage. Everything else is
+unplanned, with one sentence each.
 
 Sizes decide: an array is a weight's, a gradient's or an activation's if it has exactly
 as many elements. Nothing is waved through because it could be something else.
@@ -96,6 +97,8 @@ def _crosses_slices(item: Collective, meant: Meaning) -> str | None:
     if item.link == "ici":
         return None
     axes = frozenset(item.axes)
+    if axes and axes <= meant.stage:
+        return None  # the rules below see what goes from stage to stage
     if item.op not in ("all-reduce", "reduce-scatter"):
         return f"{item.op} between slices: only sums of gradients are meant for DCN."
     if axes & meant.width:
@@ -204,7 +207,9 @@ def _sum_over_batch(item: Collective, meant: Meaning) -> str | None:
 def _sum_over_width(item: Collective, meant: Meaning) -> str | None:
     """Over axes that split a width, activations are summed."""
     axes = frozenset(item.axes)
-    if item.op != "all-reduce" or axes & meant.batch or item.link == "dcn":
+    if item.op != "all-reduce" or axes & meant.batch:
+        return None
+    if item.link == "dcn" and not axes <= meant.stage:
         return None
     for array in item.arrays:
         fits = meant.is_activation(array) or meant.is_gradient(array, axes, False)
@@ -219,7 +224,9 @@ def _sum_over_width(item: Collective, meant: Meaning) -> str | None:
 def _scatter(item: Collective, meant: Meaning) -> str | None:
     """Gradients are scattered over the axes that split their weight."""
     axes = frozenset(item.axes)
-    if item.op != "reduce-scatter" or item.link == "dcn":
+    if item.op != "reduce-scatter":
+        return None
+    if item.link == "dcn" and not axes <= meant.stage:
         return None
     for array in item.arrays:
         if array.bytes < meant.small_bytes:
@@ -309,7 +316,8 @@ RULES: tuple[Rule, ...] = (
 
 def _gathered_too_often(items: list[Collective], meant: Meaning) -> Iterator[Unplanned]:
     """All gathers of a step, against the weights it needs: forward, once more where
-    recomputed, backward; and as permutes also the gradients' way back."""
+    recomputed (twice in a 1f1b pipeline), backward; and as permutes also the gradients'
+    way back."""
     moving = [
         item
         for item in items
@@ -329,7 +337,8 @@ def _gathered_too_often(items: list[Collective], meant: Meaning) -> Iterator[Unp
         if weight.gathered
     )
     passes = 4 if meant.plan.workload.phase == "train" else 1
-    limit = SLACK * passes * weights * meant.plan.microbatches
+    passes += meant.plan.way.schedule == "1f1b"
+    limit = SLACK * passes * weights * meant.passes
     if moved > limit:
         largest = max(moving, key=lambda item: item.total_bytes)
         why = (

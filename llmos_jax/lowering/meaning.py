@@ -170,10 +170,24 @@ class Meaning:
         )
         return item.bytes < self.small_bytes or is_ids
 
+    @cached_property
+    def passes(self) -> float:
+        """Times that all of a device's layers run in a step, in one direction: once a
+        microbatch; in a pipeline also while it fills and drains."""
+        way, stages = self.plan.way, self.plan.mesh.stage
+        return way.microbatches + (stages - 1) / way.rounds
+
     def is_activation(self, array: Array) -> bool:
-        """Whether an array has the size of some values per local token."""
-        per_token, rest = divmod(array.elements, self.tokens)
-        return rest == 0 and per_token <= self.widest
+        """Whether an array has the size of some values per local token.
+
+        In a pipeline, the head has its share of all microbatches' tokens at once.
+        """
+        counts = {self.tokens}
+        if self.stage:
+            microbatches, stages = self.plan.microbatches, self.ways(self.stage)
+            counts.add(max(1, self.tokens * microbatches // stages))
+        found = (divmod(array.elements, tokens) for tokens in counts)
+        return any(rest == 0 and per_token <= self.widest for per_token, rest in found)
 
     def has_activation_dims(self, array: Array) -> bool:
         """Whether an array has the dimensions of an activation between layers."""

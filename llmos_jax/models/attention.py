@@ -6,6 +6,7 @@ size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,13 @@ import numpy as np
 from flax import nnx
 
 from llmos_jax.ir import ModelSpec
-from llmos_jax.kernels.attention import attention, rotary_attention, rotate
+from llmos_jax.kernels.attention import (
+    attention,
+    context_attention,
+    device_order,
+    rotary_attention,
+    rotate,
+)
 from llmos_jax.models.annotate import annotate, mesh_axes_of, per_shard
 from llmos_jax.models.cache import KVCache, write
 from llmos_jax.models.layers import normal
@@ -22,6 +29,9 @@ from llmos_jax.models.project import project
 
 Angles = tuple[jax.Array, jax.Array]
 """Cos and sin, float32 [B, T, H/2]."""
+
+Tokens = dict[str, jax.Array]
+"""What else is known of tokens: "position" and "segment", each int32 [B, T]."""
 
 _Q_AXES = ("batch", "seq", "heads", "head_dim")
 
@@ -41,10 +51,25 @@ class Sight(NamedTuple):
 
 
 def token_order(T: int) -> np.ndarray | None:
-    """Return the position [T] that each token of a sequence comes from, where a mesh
-    splits sequences and attention wants them in another order; None: their own."""
-    del T
-    return None
+    """Return the position, int32 [T], of each token of a sequence, where a mesh splits
+    sequences and attention wants them in another order; None: their own.
+
+    There, tokens and all that goes with them (targets, segments) come in this order.
+    """
+    if not mesh_axes_of("seq", T):
+        return None
+    return device_order(T, T // _tokens_of_a_device(T))
+
+
+def _tokens_of_a_device(T: int) -> int:
+    """What of [T] a device has: the length of a part that is passed off as whole."""
+    part = jax.eval_shape(
+        lambda x_T: per_shard(
+            lambda part_T: part_T, x_T, in_axes=(("seq",),), out_axes=(None,)
+        ),
+        jax.ShapeDtypeStruct((T,), jnp.int32),
+    )
+    return int(part.shape[0])
 
 
 class Attention(nnx.Module):
@@ -77,6 +102,7 @@ class Attention(nnx.Module):
             cache: keys and values of earlier tokens, or None.
         """
         position_BT, angles = sight.position_BT, sight.angles
+        is_split = bool(mesh_axes_of("seq", x_BTD.shape[1]))
         q_BTNH = project(x_BTD, self.q[...], name="query")
         k_BTKH = project(x_BTD, self.k[...], name="key")
         v_BTKH = project(x_BTD, self.v[...], name="value")
@@ -85,9 +111,12 @@ class Attention(nnx.Module):
         v_BTKH = annotate(v_BTKH, "batch", "seq", "kv_heads", "head_dim")
         if self.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if cache is None and not mesh_axes_of("seq", x_BTD.shape[1]):
-            out_BTNH = _rotate_and_attend(q_BTNH, k_BTKH, v_BTKH, position_BT, angles)
+        if cache is None and not (is_split and position_BT is not None):
+            attend = _attend_over_devices if is_split else _rotate_and_attend
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, sight)
         else:
+            assert sight.segment_BT is None, "a cache holds one document"
+            assert not is_split or position_BT is not None, "give a cache positions"
             q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
             keys, values = k_BTKH, v_BTKH
             if cache is not None:
@@ -118,34 +147,59 @@ class HeadNorm(nnx.Module):
 
 
 def _rotate_and_attend(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, sight: Sight
+) -> jax.Array:
+    """Each device rotates and attends its sequences and heads."""
+
+    def part(
+        q: jax.Array, k: jax.Array, v: jax.Array, angles: Angles, tokens: Tokens
+    ) -> jax.Array:
+        return rotary_attention(
+            q, k, v, tokens.get("position"), angles, tokens.get("segment")
+        )
+
+    return _per_device(part, q_BTNH, k_BTKH, v_BTKH, sight)
+
+
+def _attend_over_devices(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, sight: Sight
+) -> jax.Array:
+    """Each device attends its tokens, in `token_order`, to those of others, too."""
+    mesh_axes = mesh_axes_of("seq", q_BTNH.shape[1])
+
+    def part(
+        q: jax.Array, k: jax.Array, v: jax.Array, angles: Angles, tokens: Tokens
+    ) -> jax.Array:
+        q, k, segment = rotate(q, angles), rotate(k, angles), tokens.get("segment")
+        return context_attention(q, k, v, segment, mesh_axes, exchange=sight.exchange)
+
+    return _per_device(part, q_BTNH, k_BTKH, v_BTKH, sight)
+
+
+def _per_device(
+    part: Callable[..., jax.Array],
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    position_BT: jax.Array | None,
-    angles: Angles,
+    sight: Sight,
 ) -> jax.Array:
-    """Each device rotates and attends its sequences and heads."""
+    """`part(q, k, v, angles, tokens)` of each device's sequences, tokens and heads."""
     k_BTKH, v_BTKH, heads = _like_queries(q_BTNH.shape[2], k_BTKH, v_BTKH)
     kv_axes = ("batch", "seq", heads, "head_dim")
+    given = {"position": sight.position_BT, "segment": sight.segment_BT}
+    tokens = {name: x_BT for name, x_BT in given.items() if x_BT is not None}
 
-    def part(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        *position: jax.Array,
-    ) -> jax.Array:
-        return rotary_attention(q, k, v, position[0] if position else None, (cos, sin))
+    def flat(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> jax.Array:
+        cos, sin, *per_token = rest
+        return part(q, k, v, (cos, sin), dict(zip(tokens, per_token, strict=True)))
 
-    positions = () if position_BT is None else (position_BT,)
     out_BTNH: jax.Array = per_shard(
-        part,
-        *(q_BTNH, k_BTKH, v_BTKH, *angles, *positions),
+        flat,
+        *(q_BTNH, k_BTKH, v_BTKH, *sight.angles, *tokens.values()),
         in_axes=(
             *(_Q_AXES, kv_axes, kv_axes),
             *(("batch", "seq", None), ("batch", "seq", None)),
-            *(("batch", "seq") for _ in positions),
+            *(("batch", "seq") for _ in tokens),
         ),
         out_axes=_Q_AXES,
     )
@@ -159,10 +213,7 @@ def _attend(
     position_BT: jax.Array | None,
 ) -> jax.Array:
     """Each device attends its sequences, heads and queries to all of their keys."""
-    B, T, N, _ = q_BTNH.shape
-    if position_BT is None and mesh_axes_of("seq", T):
-        position_BT = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
-    k_BSKH, v_BSKH, heads = _like_queries(N, k_BSKH, v_BSKH)
+    k_BSKH, v_BSKH, heads = _like_queries(q_BTNH.shape[2], k_BSKH, v_BSKH)
     kv_axes = ("batch", None, heads, "head_dim")
 
     def part(

@@ -3,7 +3,11 @@
 B sequences, T tokens, D model, F width of an expert, E experts, k of them per token; n
 tokens and m = n k assignments of one device. Nothing is dropped: assignments are sorted
 by expert, and each expert multiplies its contiguous rows (MegaBlocks, arXiv
-2211.15841). Each device routes its own tokens; weights come to it.
+2211.15841). Each device routes its own tokens. Where experts are spread over devices,
+rows go to the device that holds their expert and come back (`exchange`); a device then
+has M rows, room for the worst case, of which those that did not arrive are nobody's.
+
+Routing is in float32: the router's weight, its logits and all that follows them.
 """
 
 from __future__ import annotations
@@ -19,6 +23,15 @@ from jax.ad_checkpoint import checkpoint_name
 from llmos_jax.ir import ModelSpec
 from llmos_jax.kernels.grouped_matmul import grouped_matmul
 from llmos_jax.models.annotate import Stored, annotate, mesh_axes_of, per_shard
+from llmos_jax.models.exchange import (
+    arrived,
+    bring,
+    counted,
+    lane_of,
+    put_back,
+    send,
+    spread,
+)
 from llmos_jax.models.layers import normal, swiglu
 
 _X_AXES = ("batch", "seq", None)
@@ -51,12 +64,15 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
         """Return the weighted sum of the chosen experts, and how tokens were routed."""
         logits_BTE = jnp.einsum(
-            "BTD,DE->BTE", x_BTD, self.router[...], preferred_element_type=jnp.float32
+            "BTD,DE->BTE",
+            x_BTD.astype(jnp.float32),
+            self.router[...].astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
         )
         logits_BTE = annotate(logits_BTE, "batch", "seq", None)
 
         E, D, _ = self.gate.shape
-        experts_over = mesh_axes_of("experts", E, stored=True)
+        spread_over = mesh_axes_of("experts", E, stored=True)
         embed_over = mesh_axes_of("embed", D, stored=True)
 
         def part(
@@ -71,10 +87,10 @@ class MoE(nnx.Module):
                 logits_btE.reshape(b * t, E), self.chosen, self.renormalised
             )
             y_nD, count_E = _through_experts(
-                *(x_btD.reshape(b * t, D), weight_nk, expert_nk, E),
-                _Split(gate_edf, (experts_over, embed_over, ())),
-                _Split(up_edf, (experts_over, embed_over, ())),
-                _Split(down_efd, (experts_over, (), embed_over)),
+                *(x_btD.reshape(b * t, D), weight_nk, expert_nk, E, spread_over),
+                _Split(gate_edf, ((), embed_over, ())),
+                _Split(up_edf, ((), embed_over, ())),
+                _Split(down_efd, ((), (), embed_over)),
             )
             return y_nD.reshape(1, b, t, D), count_E[None, None].astype(jnp.float32)
 
@@ -129,29 +145,56 @@ def _through_experts(
     weight_nk: jax.Array,
     expert_nk: jax.Array,
     E: int,
-    gate: _Split,
-    up: _Split,
-    down: _Split,
+    spread_over: tuple[str, ...],
+    *weights: _Split,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum [n, D] over each token's experts, and each expert's rows [E].
-
-    The weight multiplies what goes into `down`, not what comes out: the same sum, but
-    its gradient then needs no output, so a backward pass never runs `down` again.
-    """
+    """Weighted sum [n, D] over each token's experts, and each expert's rows [E]."""
     n, k = expert_nk.shape
     expert_m = expert_nk.reshape(n * k)
     order_m = jnp.argsort(expert_m)  # assignments by expert; token m // k
     place_m = jnp.argsort(order_m)  # where each assignment went
     is_mine_mE = expert_m[:, None] == jnp.arange(E)[None, :]
     count_E = jnp.sum(is_mine_mE, axis=0, dtype=jnp.int32)
-    x_mD = _spread(k, x_nD, order_m, place_m)
-    weight_m = _spread(1, weight_nk.reshape(n * k), order_m, place_m)
+    x_mD = spread(k, x_nD, order_m, place_m)
+    weight_m = spread(1, weight_nk.reshape(n * k), order_m, place_m)
+    if spread_over:
+        lane = lane_of(spread_over, n, k, E)
+        rows_XE = counted(spread_over, count_E)
+        x_MD, weight_M = send(lane, x_mD, rows_XE), send(lane, weight_m, rows_XE)
+        count_e = arrived(spread_over, rows_XE)
+        is_row_M = jnp.arange(x_MD.shape[0]) < jnp.sum(count_e)
+        y_MD = _feed_forward(x_MD, weight_M, count_e, is_row_M, *weights)
+        y_mD = bring(lane, y_MD, rows_XE)
+    else:
+        y_mD = _feed_forward(x_mD, weight_m, count_E, None, *weights)
+    y_nkD = put_back(y_mD, order_m, place_m).reshape(n, k, -1)
+    return jnp.sum(y_nkD, axis=1), count_E
+
+
+def _feed_forward(
+    x_mD: jax.Array,
+    weight_m: jax.Array,
+    count_E: jax.Array,
+    is_row_m: jax.Array | None,
+    gate: _Split,
+    up: _Split,
+    down: _Split,
+) -> jax.Array:
+    """Each row through its expert, times its weight.
+
+    The weight multiplies what goes into `down`, not what comes out: the same sum, but
+    its gradient then needs no output, so a backward pass never runs `down` again.
+
+    A product may leave anything in rows that belong to no group. `is_row_m` puts zeros
+    there, on the way back too, so that no product ever multiplies what was left.
+    """
     gate_mF = checkpoint_name(_product(x_mD, *gate, count_E), "ffn_gate")
     up_mF = checkpoint_name(_product(x_mD, *up, count_E), "ffn_up")
-    h_mF = swiglu(gate_mF, up_mF) * weight_m[:, None].astype(x_nD.dtype)
-    y_mD = _product(h_mF, *down, count_E)
-    y_nkD = _back(y_mD, order_m, place_m).reshape(n, k, -1)
-    return jnp.sum(y_nkD, axis=1), count_E
+    if is_row_m is not None:
+        gate_mF = jnp.where(is_row_m[:, None], gate_mF, 0)
+        up_mF = jnp.where(is_row_m[:, None], up_mF, 0)
+    h_mF = swiglu(gate_mF, up_mF) * weight_m[:, None].astype(x_mD.dtype)
+    return _product(h_mF, *down, count_E)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -200,54 +243,6 @@ def _gather(part: jax.Array, over: tuple[tuple[str, ...], ...]) -> jax.Array:
         if axes:
             part = jax.lax.all_gather(part, axes, axis=dimension, tiled=True)
     return part
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _spread(k: int, x: jax.Array, order_m: jax.Array, place_m: jax.Array) -> jax.Array:
-    """Return each row of x k times, the m = n k rows then put in order.
-
-    By hand, the gradients of this and of `_back` are lookups; JAX's are scatters.
-    """
-    del place_m
-    return x[order_m // k]
-
-
-def _spread_forward(
-    k: int, x: jax.Array, order_m: jax.Array, place_m: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _spread(k, x, order_m, place_m), (order_m, place_m)
-
-
-def _spread_backward(
-    k: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, None, None]:
-    dx = dy[saved[1]]
-    return jnp.sum(dx.reshape(-1, k, *dx.shape[1:]), axis=1), None, None
-
-
-_spread.defvjp(_spread_forward, _spread_backward)
-
-
-@jax.custom_vjp
-def _back(y_mD: jax.Array, order_m: jax.Array, place_m: jax.Array) -> jax.Array:
-    """Return the rows where they were before they were put in order."""
-    del order_m
-    return y_mD[place_m]
-
-
-def _back_forward(
-    y_mD: jax.Array, order_m: jax.Array, place_m: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return _back(y_mD, order_m, place_m), order_m
-
-
-def _back_backward(
-    order_m: jax.Array, dy_mD: jax.Array
-) -> tuple[jax.Array, None, None]:
-    return dy_mD[order_m], None, None
-
-
-_back.defvjp(_back_forward, _back_backward)
 
 
 def _sum_first(parts_BTD: jax.Array) -> jax.Array:

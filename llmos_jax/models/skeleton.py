@@ -39,6 +39,17 @@ class Skeleton:
             module = _construct(self.spec, nnx.Rngs(params=key))
         return _flatten(nnx.state(module, nnx.Param))
 
+    def cast(self, params: Params, dtype: str) -> Params:
+        """Parameters as they are computed with; routers stay in float32.
+
+        Where a router's largest logits swap places, other experts run (Switch
+        Transformer, arXiv 2101.03961, section 2.4).
+        """
+        return {
+            path: x if path.endswith(".router") else x.astype(dtype)
+            for path, x in params.items()
+        }
+
     def bind(self, params: Params) -> Any:
         """Return the module that computes with `params`; free under jit."""
         flat = [(tuple(path.split(".")), nnx.Param(params[path])) for path in params]

@@ -11,8 +11,9 @@ from llmos_jax.planner.explain import (
 from llmos_jax.planner.explain_params import explain_params
 from llmos_jax.planner.frontier import explain_front, frontier
 from llmos_jax.planner.memory import budget
+from llmos_jax.planner.question import Refuted
 from llmos_jax.planner.recheck import Recheck, explain_recheck, recheck
-from llmos_jax.planner.search import Refuted, plan
+from llmos_jax.planner.search import plan
 from llmos_jax.planner.sensitivity import neighbours
 from llmos_jax.planner.sizes import model_flops, sizes_of
 

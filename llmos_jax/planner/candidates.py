@@ -1,22 +1,62 @@
 """Turn a machine and pins into meshes, and a mesh into ways to run the step on it.
 
-Free axes are data, fsdp and tensor. stage, context and expert are planned where they
-are pinned: what they cost is known, and the programs that run them are not here yet.
+Every axis may be pinned to anything. What is tried where nothing is pinned, and why:
+
+- data, fsdp, tensor: always, in every size. Experts' own choices are nearly all pure
+  FSDP (of 66 configurations in MaxText's benchmarks/, 54 are, and 6 split a layer).
+- stage: across slices, where it replaces sums of gradients over DCN; MaxText's guide
+  (docs/guides/optimization/sharding.md) advises it only there, for small batches.
+- context: where there are fewer sequences than devices, so that fsdp cannot have them
+  all, or where a sequence is long.
+- expert: where there are experts.
+- stage and context anywhere, when nothing else fits.
+
+A mesh has at most one of these three unasked, for there is no published row with two;
+`data` then only joins the slices: within one, `fsdp` does the same with less memory. On
+stages every schedule is tried, a few rounds, and a few multiples of the stages as
+microbatches: more of them make the bubble smaller and gather weights more often. On
+contexts both exchanges are tried.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from llmos_jax.errors import ConfigError, PlanError, did_you_mean
-from llmos_jax.ir.plan import MeshShape, Pins, Way, saved_tensors
-from llmos_jax.ir.rules import MESH_AXES
+from llmos_jax.ir.plan import (
+    EXCHANGES,
+    SCHEDULES,
+    MeshShape,
+    Pins,
+    Way,
+    saved_tensors,
+)
+from llmos_jax.ir.rules import Rules
 from llmos_jax.ir.topology import Topology
 from llmos_jax.ir.workload import Workload
+from llmos_jax.planner.compute import BLOCK
+from llmos_jax.planner.sizes import Sizes
 
 SEARCHED = ("data", "fsdp", "tensor")
+"""Axes of which every size is tried."""
+
+LONG = 32768
+"""Tokens of a sequence from which on it may be worth splitting. A judgement: published
+rows with `context` have 131072, all at 8192 and below have none."""
+
+MOST_STAGES = 16
+"""Tried when nothing else fits. A judgement: 16 stages idle a third of the time even
+with 32 microbatches."""
+
+MOST_ROUNDS = 8
+"""Most rounds of a circular schedule that are tried. A judgement: each round sends as
+many activations as a whole `gpipe`."""
+
+MOST_TURNS = 16
+"""Most microbatches per stage that are tried: bubbles are below 6 % then."""
+
 POLICIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "none": ((),),
     "dots": ((),),
@@ -32,7 +72,6 @@ and needed 32.3 by the compiler's word (`plan --verify compile`)."""
 ALIASES = {"minimal": "dots", "nothing": "full", "everything": "none"}
 """Names that MaxText and AXLearn give to the same policies."""
 
-DTYPES = ("float32", "bfloat16")
 HEAD_BYTES = 2**30
 """Float32 gradient of one device's head that may exist whole while the loss is cut by
 tokens; beyond, it is cut by the vocabulary, which makes the logits twice: 2 D V more
@@ -43,59 +82,74 @@ TILE_BYTES = 512 * 2**20
 A judgement: small beside 16 GiB, large enough that each tile is a full-sized matmul."""
 
 
-def check_pins(pins: Pins, topology: Topology, workload: Workload) -> None:
-    """Raise ConfigError for a pin that means nothing, PlanError for one that cannot
-    be."""
-    for axis, size in (pins.mesh or {}).items():
-        if axis not in MESH_AXES:
-            hint = did_you_mean(axis, MESH_AXES)
-            raise ConfigError(
-                f"plan.mesh.{axis}: there is no mesh axis {axis!r}.{hint}"
-            )
-        if size < 1:
-            raise ConfigError(f"plan.mesh.{axis} = {size}; it must be at least 1.")
-    pinned, devices = math.prod((pins.mesh or {}).values()), topology.num_devices
-    if devices % pinned:
-        named = " x ".join(f"{axis}={size}" for axis, size in (pins.mesh or {}).items())
-        raise PlanError(
-            f"the pinned mesh {named} covers {pinned} devices, which does not divide "
-            f"the {devices} of {topology.name}. Change or remove a plan.mesh pin."
-        )
-    _check_saved(remat_named(pins.remat or "none"), pins.offload or ())
-    for key in ("state_dtype", "gradient_dtype"):
-        dtype = getattr(pins, key)
-        if dtype is not None and dtype not in DTYPES:
-            raise ConfigError(
-                f"plan.{key} = {dtype!r}; it is float32 or bfloat16."
-                f"{did_you_mean(dtype, DTYPES)}"
-            )
-    if pins.loss_tiles is not None and pins.loss_tiles < 1:
-        raise ConfigError(f"plan.loss_tiles = {pins.loss_tiles}; at least 1.")
-    parts = pins.microbatches
-    if parts is not None and parts < 1:
-        raise ConfigError(f"plan.microbatches = {parts}; it must be at least 1.")
-    if parts is not None and workload.global_batch % parts:
-        raise PlanError(
-            f"plan.microbatches = {parts} does not divide batch.global = "
-            f"{workload.global_batch}."
-        )
-
-
 def remat_named(name: str) -> str:
     """Return our name of a policy that other systems call otherwise."""
     return ALIASES.get(name, name)
 
 
-def enumerate_meshes(topology: Topology, pins: Pins) -> list[MeshShape]:
-    """Return every mesh over all devices that agrees with the pins."""
+Sparse = Mapping[str, tuple[int, ...]]
+"""Mesh axis that is not in SEARCHED -> sizes above 1 that are tried."""
+
+
+def usual_axes(
+    sizes: Sizes, topology: Topology, workload: Workload, rules: Rules
+) -> Sparse:
+    """Return what is tried beside SEARCHED on any question; see the module's list."""
+    if workload.phase != "train":
+        return {}
+    found: dict[str, tuple[int, ...]] = {}
+    slices, devices = topology.slices, topology.num_devices
+    if "stage" in rules.weights.get("layers", ()):
+        found["stage"] = _common(slices, sizes.layers)
+    if workload.global_batch < devices or workload.seq_len >= LONG:
+        found["context"] = _contexts(devices, workload, rules)
+    if sizes.experts and "expert" in rules.weights.get("experts", ()):
+        found["expert"] = _common(devices, sizes.experts)
+    return found
+
+
+def last_axes(
+    sizes: Sizes, topology: Topology, workload: Workload, rules: Rules
+) -> Sparse:
+    """Return what is tried when nothing else fits."""
+    if workload.phase != "train":
+        return {}
+    found = {"context": _contexts(topology.num_devices, workload, rules)}
+    if "stage" in rules.weights.get("layers", ()):
+        stages = _common(topology.num_devices, sizes.layers)
+        found["stage"] = tuple(size for size in stages if size <= MOST_STAGES)
+    return found
+
+
+def _contexts(devices: int, workload: Workload, rules: Rules) -> tuple[int, ...]:
+    """Ways to cut a sequence into pieces that attention's blocks still fill."""
+    if "context" not in rules.activations.get("seq", ()):
+        return ()
+    ways = _common(devices, workload.seq_len // 2) if workload.seq_len % 2 == 0 else ()
+    return tuple(size for size in ways if workload.seq_len // size >= BLOCK)
+
+
+def _common(one: int, other: int) -> tuple[int, ...]:
+    """Divisors of both, above 1."""
+    return tuple(_divisors(math.gcd(one, other))[1:])
+
+
+def enumerate_meshes(
+    topology: Topology, pins: Pins, sparse: Sparse | None = None
+) -> list[MeshShape]:
+    """Return every mesh over all devices that agrees with the pins: in every size along
+    SEARCHED, and along at most one axis of `sparse` beside."""
     pinned = pins.mesh or {}
-    fixed = MeshShape(**{a: n for a, n in pinned.items() if a not in SEARCHED})
-    devices = topology.num_devices // fixed.num_devices
-    meshes = [
-        replace(fixed, data=devices // ways // tensor, fsdp=ways, tensor=tensor)
-        for tensor in _divisors(devices)
-        for ways in _divisors(devices // tensor)
-    ]
+    fixed = {axis: n for axis, n in pinned.items() if axis not in SEARCHED}
+    tried = [(axis, ways) for axis, ways in (sparse or {}).items() if axis not in fixed]
+    wider = [{**fixed, axis: size} for axis, ways in tried for size in ways]
+    meshes = list(_filled(topology.num_devices, MeshShape(**fixed)))
+    for sizes in wider:
+        mesh = MeshShape(**sizes)
+        joined = topology.slices // math.gcd(mesh.stage, topology.slices)
+        data = pinned.get("data", joined)
+        filled = _filled(topology.num_devices, mesh)
+        meshes += [mesh for mesh in filled if mesh.data == data]
     return [
         mesh
         for mesh in meshes
@@ -103,8 +157,20 @@ def enumerate_meshes(topology: Topology, pins: Pins) -> list[MeshShape]:
     ]
 
 
+def _filled(num_devices: int, fixed: MeshShape) -> Iterator[MeshShape]:
+    """The mesh with all devices that are left along SEARCHED, in every way."""
+    if num_devices % fixed.num_devices:
+        return
+    devices = num_devices // fixed.num_devices
+    for tensor in _divisors(devices):
+        for ways in _divisors(devices // tensor):
+            data = devices // ways // tensor
+            yield replace(fixed, data=data, fsdp=ways, tensor=tensor)
+
+
 def ways_of(
     mesh: MeshShape,
+    layers: int,
     share: int,
     logit_bytes: float,
     head_bytes: float,
@@ -114,10 +180,12 @@ def ways_of(
 ) -> Iterator[list[Way]]:
     """Yield the ways to run on `mesh`, in groups that differ in microbatches alone.
 
-    Within a group the first is the fastest and the last takes the least memory.
+    Within a group the first is the fastest and the last takes the least memory. In a
+    pipeline no order is known: each way is a group.
 
     Args:
         mesh: a mesh of all devices.
+        layers: of the model.
         share: sequences of the batch that each replica has.
         logit_bytes: float32 logits of one device for one sequence.
         head_bytes: the head of one device, gathered, in float32.
@@ -128,22 +196,64 @@ def ways_of(
     if workload.phase != "train":
         yield [Way(mesh=mesh)]
         return
-    powers = [2**power for power in range(share.bit_length()) if share % 2**power == 0]
-    counts = [pins.microbatches] if pins.microbatches else powers
-    for remat, offload in _policies(topology, pins):
-        yield [
+    counts = microbatch_counts(mesh.stage, share, pins)
+    for (remat, offload), (schedule, rounds), exchange in itertools.product(
+        _policies(topology, pins),
+        _schedules(mesh.stage, layers, pins),
+        _exchanges(mesh.context, pins),
+    ):
+        # Where all microbatches have left the pipeline before the loss, it is one.
+        is_one_loss = mesh.stage > 1 and schedule != "1f1b"
+        group = [
             Way(
                 mesh=mesh,
                 remat=remat,
                 offload=offload,
                 microbatches=count,
-                loss_tiles=pins.loss_tiles or _tiles(share / count * logit_bytes),
+                loss_tiles=pins.loss_tiles
+                or _tiles(share / (1 if is_one_loss else count) * logit_bytes),
                 loss_over="tokens" if head_bytes <= HEAD_BYTES else "vocab",
                 state_dtype=pins.state_dtype or "float32",
                 gradient_dtype=pins.gradient_dtype or "float32",
+                schedule=schedule,
+                rounds=rounds,
+                context_exchange=exchange,
             )
             for count in counts
         ]
+        yield from [group] if mesh.stage == 1 else ([way] for way in group)
+
+
+def microbatch_counts(stages: int, share: int, pins: Pins) -> list[int]:
+    """Microbatches to try: a pipeline needs a multiple of its stages."""
+    if pins.microbatches:
+        return [pins.microbatches] if pins.microbatches % stages == 0 else []
+    most = share if stages == 1 else min(share, MOST_TURNS * stages)
+    powers = (stages << power for power in range(most.bit_length()))
+    return [count for count in powers if count <= most and share % count == 0]
+
+
+def _schedules(stages: int, layers: int, pins: Pins) -> list[tuple[str, int]]:
+    """(schedule, rounds) pairs to try."""
+    if stages == 1:
+        return [("gpipe", 1)]
+    found = [(name, 1) for name in SCHEDULES if name != "circular"]
+    chunks = _divisors(layers // stages)
+    rounds = [part for part in chunks if 1 < part <= MOST_ROUNDS] or chunks[1:2]
+    found += [("circular", count) for count in rounds]
+    if pins.schedule is None:
+        return found
+    if pins.rounds is not None:
+        return [(pins.schedule, pins.rounds)]
+    # One layer a stage has one round only.
+    named = [pair for pair in found if pair[0] == pins.schedule]
+    return named or [(pins.schedule, 1)]
+
+
+def _exchanges(contexts: int, pins: Pins) -> tuple[str, ...]:
+    if contexts == 1:
+        return ("ring",)
+    return (pins.context_exchange,) if pins.context_exchange else EXCHANGES
 
 
 def _policies(topology: Topology, pins: Pins) -> list[tuple[str, tuple[str, ...]]]:
@@ -165,16 +275,6 @@ def _policies(topology: Topology, pins: Pins) -> list[tuple[str, tuple[str, ...]
 
 def _saves(remat: str, offload: tuple[str, ...]) -> bool:
     return set(offload) <= saved_tensors(remat)
-
-
-def _check_saved(remat: str, offload: tuple[str, ...]) -> None:
-    saved = saved_tensors(remat)
-    for name in offload:
-        if name not in saved:
-            raise PlanError(
-                f"plan.offload has {name!r}, which remat = {remat} does not save. Add "
-                f"it to plan.remat, or leave it out.{did_you_mean(name, saved)}"
-            )
 
 
 def _tiles(logit_bytes: float) -> int:

@@ -30,6 +30,9 @@ HOP_S = 1e-6
 DCN_EFFICIENCY = 0.33
 """microbench, v6e: psum over DCN at 4.1 GB/s where 12.5 GB/s are there per chip."""
 
+DCN_HOP_S = 1e-4
+"""Latency of a transfer to another slice: through two hosts and their network. A
+judgement."""
 
 PART_SHARE = 0.5
 """Links that a mesh axis has of a physical axis it takes a part of: groups that
@@ -46,6 +49,8 @@ class Link:
     ways: int
     bytes_per_s: float
     hops: float
+    neighbour_bytes_per_s: float
+    """From one device to the next: one link, one way."""
     exchange_s_per_byte: float
     """Of an all-to-all, per byte that one device sends: half of it crosses the middle
     of the longest physical axis."""
@@ -113,13 +118,29 @@ def exchange_s(links: Links, axis: str, sent_bytes: float, count: float) -> floa
     return max(sent_bytes * link.exchange_s_per_byte, latency)
 
 
+def neighbour_s(links: Links, topology: Topology, axis: str, sent: float) -> float:
+    """Seconds for every device to send `sent` bytes to the next along a mesh axis."""
+    if links.slices[axis] > 1:
+        return DCN_HOP_S + sent / dcn_rate(topology)
+    link = links[axis]
+    return HOP_S + sent / link.neighbour_bytes_per_s if link.ways > 1 else 0.0
+
+
 def dcn_sum_s(topology: Topology, links: Links, gradient_bytes: float) -> float:
     """Seconds to sum a device's gradients over slices, once they are summed inside."""
-    slices = links.slices["data"]
+    shard = gradient_bytes / links["data"].ways
+    return 2 * dcn_gather_s(topology, links, "data", shard)
+
+
+def dcn_gather_s(
+    topology: Topology, links: Links, axis: str, whole_bytes: float
+) -> float:
+    """Seconds to gather (or scatter) what a device has `whole_bytes` of in the end over
+    the slices that a mesh axis crosses."""
+    slices = links.slices[axis]
     if slices == 1:
         return 0.0
-    shard = gradient_bytes / links["data"].ways
-    return 2 * shard * (slices - 1) / slices / dcn_rate(topology)
+    return whole_bytes * (slices - 1) / slices / dcn_rate(topology)
 
 
 def dcn_rate(topology: Topology) -> float:
@@ -171,6 +192,7 @@ def _link(topology: Topology, ways: int, taken: list[_Dim]) -> Link:
             ways=ways,
             bytes_per_s=rate,
             hops=1,
+            neighbour_bytes_per_s=rate,
             exchange_s_per_byte=1 / rate,
             words=f"{fabric}, {ways}",
         )
@@ -180,6 +202,7 @@ def _link(topology: Topology, ways: int, taken: list[_Dim]) -> Link:
         ways=ways,
         bytes_per_s=rate * (both_ways or 1),
         hops=hops,
+        neighbour_bytes_per_s=rate * _link_share(real),
         exchange_s_per_byte=max(
             (dim.size / (4 * rate * _links_used(dim)) for dim in real), default=0.0
         ),
@@ -191,6 +214,11 @@ def _links_used(dim: _Dim) -> float:
     if dim.is_part:
         return PART_SHARE
     return 2 if dim.closes else 1
+
+
+def _link_share(dims: list[_Dim]) -> float:
+    """Of one link, what a device has to its neighbour, whichever way that lies."""
+    return min((min(1.0, _links_used(dim)) for dim in dims), default=1.0)
 
 
 def _placement(axes: dict[str, Link], slices: dict[str, int]) -> dict[str, str]:

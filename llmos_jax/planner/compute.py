@@ -8,10 +8,13 @@ it idle; its backward pass makes the scores again, 2.5 forwards in all
 (FlashAttention-2, arXiv 2307.08691). What lies between (norms, rotation, SwiGLU,
 residuals, routing) costs its memory traffic.
 
+A pipeline makes the layers in turns, some of them idle, and each of its stages makes
+the logits of its part of the tokens: layers and head are counted apart.
+
 Known lies:
 - Experts are evenly loaded; there is no tail of small kernels.
-- What lies between is split over `tensor` even where its activations are whole: XLA
-  keeps sums scattered until the next product gathers them. MaxText's tables do.
+- Where no rule splits the tokens between blocks over `tensor`, what lies between is
+  taken to be split all the same: XLA keeps sums scattered until the next product.
 - With the plain attention, which writes all scores, long sequences are slower.
 """
 
@@ -41,7 +44,8 @@ MADE_ONCE = frozenset({"head", "ffn_out"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Seconds of one device over one microbatch, all its layers together."""
+    """Seconds of one device over one microbatch, all its layers together; the head's
+    are those of its part of the tokens, where stages share them."""
 
     forward: dict[str, float]
     """What a tensor of ir.TENSORS takes to make; `head` and `other` beside them."""
@@ -52,29 +56,47 @@ class Work:
     saved: dict[str, float]
     """Traffic of keeping a tensor of ir.TENSORS and of fetching it again."""
 
-    def compute_s(
-        self, saved: frozenset[str], is_train: bool, is_head_twice: bool = False
+    def layers_s(
+        self, saved: frozenset[str], is_train: bool, is_stage_twice: bool = False
     ) -> float:
-        """Seconds of products and attention, of which those in `saved` made once."""
-        once = sum(self.forward.values())
+        """Seconds of products and attention in the layers.
+
+        Args:
+            saved: what is made once; all else is made again for the backward pass.
+            is_train: whether there is a backward pass.
+            is_stage_twice: whether all of the forward pass runs twice (1f1b).
+        """
+        layers = {name: s for name, s in self.forward.items() if name != "head"}
+        once = sum(layers.values())
         if not is_train:
             return once
-        context = self.forward["context"]
+        context = layers["context"]
         backward = 2 * (once - context) + ATTENTION_BACKWARD * context
         again = sum(
             seconds
-            for name, seconds in self.forward.items()
+            for name, seconds in layers.items()
             if name not in saved and name not in MADE_ONCE
         )
-        return once + backward + again + self.forward["head"] * is_head_twice
+        return once * (1 + is_stage_twice) + backward + again
 
-    def traffic_s(self, saved: frozenset[str], is_all: bool, is_train: bool) -> float:
-        """Seconds of memory traffic between products; `is_all`: nothing is remade."""
+    def head_s(self, is_train: bool, is_head_twice: bool = False) -> float:
+        """Seconds of the product that makes logits, and of its gradients."""
+        return self.forward["head"] * (3 + is_head_twice if is_train else 1)
+
+    def between_s(
+        self,
+        saved: frozenset[str],
+        is_all: bool,
+        is_train: bool,
+        is_stage_twice: bool = False,
+    ) -> float:
+        """Seconds of memory traffic between products of the layers; `is_all`: nothing
+        is remade."""
         if not is_train:
             return self.between
-        passes = 3 if is_all else 4
+        passes = (3 if is_all else 4) + is_stage_twice
         kept = sum(seconds for name, seconds in self.saved.items() if name in saved)
-        return passes * self.between + self.loss + kept
+        return passes * self.between + kept
 
 
 def work_of(
@@ -91,15 +113,17 @@ def work_of(
     rate = _flops_per_s(topology, workload, fitted)
     forward = dict.fromkeys(("context", "head", "other"), 0.0)
     for product in sizes.products:
-        seconds = _product_s(product, tokens, layout, topology, workload, fitted)
-        held = 1.0 if product.tensor == "head" else share
+        # Stages share the layers, or for the head the tokens.
+        is_head = product.tensor == "head"
+        rows, held = (share * tokens, 1.0) if is_head else (tokens, share)
+        seconds = _product_s(product, rows, layout, topology, workload, fitted)
         forward[product.tensor] = forward.get(product.tensor, 0.0) + held * seconds
     rest = sizes.matmul_params - sum(product.active for product in sizes.products)
     forward["other"] += share * 2 * rest * tokens / rate
     attention = _attention_s(layout, sizes, topology, workload, fitted)
     forward["context"] += share * tokens * attention
     byte_s = compute_bytes(workload) / hbm_rate(topology)
-    logits = tokens * sizes.vocab / layout.width_ways["vocab"]
+    logits = share * tokens * sizes.vocab / layout.width_ways["vocab"]
     widths = tensor_widths(layout, sizes)
     return Work(
         forward=forward,
@@ -117,9 +141,11 @@ def work_of(
 
 
 def tensor_widths(layout: Layout, sizes: Sizes) -> dict[str, float]:
-    """Elements per token of one layer's tensors on one device, by name."""
+    """Elements per token of one layer's tensors on one device, by name: of the token's
+    share, where tokens are split once more between blocks."""
     ways = layout.width_ways
-    D, NH = sizes.embed / ways["embed"], sizes.query_width / ways["heads"]
+    D = sizes.embed / ways["embed"] / layout.residual_ways
+    NH = sizes.query_width / ways["heads"]
     KH = sizes.kv_width / ways["kv_heads"]
     F = max(1, sizes.experts_per_token) * sizes.ffn / ways["ffn"]
     return {

@@ -2,17 +2,30 @@
 
     compute  products and attention: forward, backward, and what is recomputed
     hbm      traffic between the products, of what is saved, and of the optimizer
-    ici      weights, gradients, blocks of activations, inside a slice
-    dcn      gradients between slices
+    ici      weights, gradients, blocks of activations, keys, stages, inside a slice
+    dcn      gradients and stages between slices
     host     saved tensors that wait in host memory
 
 Compute and memory traffic take turns; a share of each kind of traffic over links hides
-behind them (fitted.py), host traffic as far as there is work. A pipeline of P stages
-waits (P - 1) / M more. The more slices, the longer the slowest host is waited for.
+behind them (fitted.py), host traffic as far as there is work. The more slices, the
+longer the slowest host is waited for.
+
+A pipeline of P stages, M microbatches and R rounds takes M + (P - 1) / R turns of a
+whole stage, idle ones too: layers, their traffic and the weights gathered for them
+count so often. What goes from stage to stage is waited for, forward and back. `1f1b`
+makes each stage's forward pass twice, and gathers for it once more.
+
+Keys passed around a ring of C hide behind the attention to the keys that are there: a
+hop costs what it takes beyond 1 / C of the attention, and its latency. Gathered keys
+are waited for.
 
 Known lies:
 - XLA sums data-parallel gradients once per microbatch, but for a pipeline's.
 - A share hides whatever else competes for the same links, and however small it is.
+- Published steps that split a layer summed its outputs: the share that hides is fitted
+  to that, not to gathers and scatters along the tokens.
+- Between two agreements of replicas nothing is sent: what an agreement takes is spread
+  over its steps.
 - Prefill costs the whole head; nothing is batched over time.
 - Calibrated on steps that experts had tuned, flags and kernels included.
 """
@@ -22,12 +35,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
+from llmos_jax.ir.facts import ticks_of
 from llmos_jax.ir.plan import Candidate, Estimate, Way, saved_tensors
 from llmos_jax.ir.topology import Topology
 from llmos_jax.ir.workload import Workload
 from llmos_jax.planner.collectives import Links
-from llmos_jax.planner.compute import Work, hbm_rate, work_of
+from llmos_jax.planner.compute import ATTENTION_BACKWARD, Work, hbm_rate, work_of
 from llmos_jax.planner.decode import decode_s
 from llmos_jax.planner.domain import domain_of
 from llmos_jax.planner.fitted import FITTED, Fitted
@@ -111,6 +126,21 @@ def _facts_of(
     )
 
 
+class _Sent(NamedTuple):
+    """Seconds of a step's traffic over links, by how it hides."""
+
+    weights: float
+    blocks: float
+    crossing: float
+    keys: float
+    keys_waited: float
+    """Of `keys`, what attention does not hide."""
+    stages: float
+    """Waited for, as is what follows."""
+    agreed: float
+    agreed_crossing: float
+
+
 def _pass_s(
     facts: _Facts,
     layout: Layout,
@@ -120,44 +150,117 @@ def _pass_s(
     fitted: Fitted,
 ) -> tuple[dict[str, float], float]:
     """Seconds each resource is busy, and those of the step: training or prefill."""
-    work, traffic, parts = facts.work, facts.traffic, way.microbatches
+    work, parts = facts.work, way.microbatches
     is_train = workload.phase == "train"
     saved = _saved(way.remat)
-    turns = parts + layout.mesh.stage - 1
+    turns = ticks_of(way) / way.rounds
+    twice = _is_stage_twice(way, workload)
     is_head_twice = way.loss_tiles > 1 and way.loss_over == "vocab"
-    compute_s = turns * work.compute_s(saved, is_train, is_head_twice)
-    hbm_s = turns * work.traffic_s(saved, way.remat == "none", is_train)
-    weights_s, crossing_s, host_s = traffic.weights, 0.0, 0.0
-    blocks_s = traffic.blocks + traffic.exchanged
-    permuted_s = traffic.permuted
+    compute_s = turns * work.layers_s(saved, is_train, twice)
+    compute_s += parts * work.head_s(is_train, is_head_twice)
+    hbm_s = turns * work.between_s(saved, way.remat == "none", is_train, twice)
+    host_s = 0.0
     if is_train:
-        hbm_s += _update_s(layout, way, topology, workload)
-        # A pipeline adds gradients up where they are; see Known lies for the others.
-        sums = 1 if layout.mesh.stage > 1 else parts
-        weights_s = 3 * traffic.weights + traffic.sums * sums / parts
-        crossing_s = traffic.crossing * sums
-        blocks_s = traffic.blocks * (2 if "out" in saved else 2.5)
-        blocks_s += traffic.exchanged * (2 if "ffn_up" in saved else 2.5)
-        permuted_s = 2 * traffic.permuted
-        host_s = parts * sum(traffic.offloaded[name] for name in way.offload)
-    weights_s *= parts
-    blocks_s = blocks_s * parts + permuted_s * turns
+        hbm_s += parts * work.loss + _update_s(layout, way, topology, workload)
+        host_s = parts * sum(facts.traffic.offloaded[name] for name in way.offload)
+    sent = _sent(facts, layout, way, workload, saved)
     busy_s = compute_s + hbm_s
     hidden_s = (
-        fitted.hidden_weights * min(weights_s, busy_s)
-        + fitted.hidden_parts * min(blocks_s, busy_s)
-        + fitted.hidden_crossing * min(crossing_s, busy_s)
+        fitted.hidden_weights * min(sent.weights, busy_s)
+        + fitted.hidden_parts * min(sent.blocks, busy_s)
+        + fitted.hidden_crossing * min(sent.crossing, busy_s)
     )
-    step_s = busy_s + weights_s + blocks_s + crossing_s - min(hidden_s, busy_s)
+    step_s = busy_s + sent.weights + sent.blocks + sent.crossing
+    step_s -= min(hidden_s, busy_s)
+    step_s += sent.keys_waited + sent.stages + sent.agreed + sent.agreed_crossing
     step_s += max(0.0, host_s - busy_s) + facts.layers_s * turns
+    is_far = facts.traffic.stages.over == "dcn"
     seconds = {
         "compute": compute_s,
         "hbm": hbm_s,
-        "ici": weights_s + blocks_s,
-        "dcn": crossing_s,
+        "ici": sent.weights + sent.blocks + sent.keys + sent.agreed,
+        "dcn": sent.crossing + sent.agreed_crossing,
         "host": host_s,
     }
+    seconds["dcn" if is_far else "ici"] += sent.stages
     return seconds, step_s * (1 + fitted.jitter * math.log2(topology.slices))
+
+
+def _sent(
+    facts: _Facts, layout: Layout, way: Way, workload: Workload, saved: frozenset[str]
+) -> _Sent:
+    """What a step sends: all its turns and microbatches."""
+    traffic, parts, P = facts.traffic, way.microbatches, layout.mesh.stage
+    ticks, turns = ticks_of(way), ticks_of(way) / way.rounds
+    keys, keys_waited = _keys_s(facts, layout, way, workload, saved)
+    stages = ticks * traffic.stages.sent
+    if workload.phase != "train":
+        return _Sent(
+            weights=turns * traffic.weights,
+            blocks=turns * (traffic.blocks + traffic.exchanged),
+            crossing=0.0,
+            keys=turns * keys,
+            keys_waited=turns * keys_waited,
+            stages=stages,
+            agreed=0.0,
+            agreed_crossing=0.0,
+        )
+    twice = _is_stage_twice(way, workload)
+    # A pipeline adds gradients up where they are; see Known lies for the others.
+    sums = 1 if P > 1 else parts
+    blocks = traffic.blocks * (2 + _gathered_again(layout, way, saved) + twice)
+    # Rows go to their experts again, and back for the router's gradient.
+    blocks += traffic.exchanged * ((2 if way.remat == "none" else 3) + twice)
+    shared = parts if twice else ticks
+    stages = 2 * stages + 2 * shared * traffic.stages.shared + traffic.stages.staged
+    stages += traffic.stages.moved * (way.schedule == "circular")
+    return _Sent(
+        weights=(3 + twice) * turns * traffic.weights + sums * traffic.sums,
+        blocks=turns * blocks,
+        crossing=sums * traffic.crossing,
+        keys=turns * keys,
+        keys_waited=turns * keys_waited,
+        stages=stages,
+        agreed=traffic.agreed,
+        agreed_crossing=traffic.agreed_crossing,
+    )
+
+
+def _gathered_again(layout: Layout, way: Way, saved: frozenset[str]) -> float:
+    """Of the two gathers and two scatters of a layer's forward pass, the share that its
+    backward pass does again: sums, where nothing splits the tokens between blocks."""
+    if layout.residual_ways == 1:
+        return 0.0 if "out" in saved else 0.5
+    return 0.5 * (way.remat != "none") + 0.25 * ("out" not in saved)
+
+
+def _keys_s(
+    facts: _Facts, layout: Layout, way: Way, workload: Workload, saved: frozenset[str]
+) -> tuple[float, float]:
+    """Seconds of one microbatch to exchange keys and values, and what of them is waited
+    for: forward, once more where attention is remade, and back."""
+    keys, C = facts.traffic.keys, layout.mesh.context
+    is_train = workload.phase == "train"
+    twice = _is_stage_twice(way, workload)
+    remade = is_train * ("context" not in saved)
+    if way.context_exchange == "gather":
+        # A backward pass needs them gathered, whether or not attention is remade.
+        whole = (1 + is_train + twice) * keys.gathered + is_train * keys.scattered
+        return whole, whole
+    forward = 1 + remade + twice
+    back = keys.hop + keys.hop_back
+    busy = (C - 1) * (forward * keys.hop + is_train * back)
+    busy += is_train * keys.hop_back  # gradients end where their keys are
+    piece = facts.work.forward["context"] / C
+    waited = forward * max(0.0, keys.hop - piece)
+    waited += is_train * max(0.0, back - ATTENTION_BACKWARD * piece)
+    waited = (C - 1) * waited + is_train * keys.hop_back
+    return busy, waited + (forward + is_train) * keys.latency
+
+
+def _is_stage_twice(way: Way, workload: Workload) -> bool:
+    is_pipeline = way.mesh.stage > 1 and workload.phase == "train"
+    return is_pipeline and way.schedule == "1f1b"
 
 
 @lru_cache(maxsize=256)

@@ -10,10 +10,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmos_jax.ir.facts import axes_text
+from llmos_jax.ir.facts import axes_text, exchange_text, schedule_text
 from llmos_jax.ir.lock import fidelity_of
 from llmos_jax.ir.neighbour import Neighbour
 from llmos_jax.ir.plan import REMATS, Pins, Plan, Rejected
+from llmos_jax.ir.workload import Workload
+from llmos_jax.planner.domain import MARGIN
 from llmos_jax.planner.memory import budget
 from llmos_jax.planner.text import (
     WIDTH,
@@ -92,6 +94,11 @@ def why_runner_up_lost(plan: Plan) -> str:
         return ""
     mine, theirs = plan.predicted, plan.runner_up.predicted
     slower_s = theirs.step_s - mine.step_s
+    if slower_s < -0.005 * mine.step_s:
+        return (
+            f"{-slower_s / mine.step_s:.1%} faster, but splits more: that must win by "
+            f"{MARGIN:.0%}"
+        )
     if slower_s <= 0.005 * mine.step_s:  # ranking compares three significant digits
         return "a tie in time; the choice is the simpler way"
     growth = {
@@ -129,7 +136,14 @@ def _head(plan: Plan) -> list[str]:
             f"{work.phase}, {work.global_batch} x {work.seq_len} tokens, "
             f"{work.compute_dtype} compute, {work.param_dtype} weights",
         ),
+        *_agreement(work),
     ]
+
+
+def _agreement(work: Workload) -> list[str]:
+    if not work.local_steps:
+        return []
+    return [row("replicas", f"agree on parameters once in {work.local_steps} steps")]
 
 
 def _rules(plan: Plan) -> str:
@@ -148,6 +162,10 @@ def _choice(plan: Plan) -> list[str]:
     if way.offload:
         lines += rows("offload", f"{', '.join(way.offload)} wait in host memory")
     lines.append(row("microbatches", str(plan.microbatches)))
+    if plan.mesh.stage > 1:
+        lines += rows("schedule", schedule_text(way))
+    if plan.mesh.context > 1:
+        lines += rows("keys", exchange_text(way))
     if way.loss_tiles > 1:
         lines.append(row("loss", f"in {way.loss_tiles} tiles of the {way.loss_over}"))
     for name, what in (("state_dtype", "optimizer"), ("gradient_dtype", "gradients")):
@@ -286,6 +304,10 @@ def _runner_up(plan: Plan) -> list[str]:
         return []
     found, way = other.predicted, other.way
     said = f"{other.mesh}, remat {other.remat}, microbatches {other.microbatches}"
+    if other.mesh.stage > 1:
+        said += f", {schedule_text(way)}"
+    if other.mesh.context > 1:
+        said += f", keys by {way.context_exchange}"
     if way.offload:
         said += f", offload {'+'.join(way.offload)}"
     figures = (
@@ -332,6 +354,13 @@ def neighbour_way(plan: Plan, item: Neighbour) -> str:
         said.append(f"remat {_brief(theirs.remat)}")
     if theirs.microbatches != mine.microbatches:
         said.append(f"microbatches {theirs.microbatches}")
+    if theirs.mesh.stage > 1 and (theirs.schedule, theirs.rounds) != (
+        mine.schedule,
+        mine.rounds,
+    ):
+        said.append(schedule_text(theirs))
+    if theirs.mesh.context > 1 and theirs.context_exchange != mine.context_exchange:
+        said.append(f"keys by {theirs.context_exchange}")
     if theirs.offload != mine.offload:
         said.append(f"offload {'+'.join(theirs.offload) or 'nothing'}")
     return ", ".join(said) or "same way"

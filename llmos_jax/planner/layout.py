@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from llmos_jax.errors import RuleError
 from llmos_jax.ir.params import ParamRow, ParamTable
 from llmos_jax.ir.plan import MeshShape
 from llmos_jax.ir.rules import Rules, Spec
 from llmos_jax.ir.workload import Workload
 from llmos_jax.planner.sizes import Sizes
 from llmos_jax.rules import resolve, resolve_activation
+from llmos_jax.rules.resolve import nearest_text
 
 Group = tuple[str, ...]
 """Mesh axes that take part in one collective, in mesh order."""
@@ -38,11 +40,16 @@ class Layout:
     """Ways the batch is split."""
     token_ways: int
     """Ways the tokens are split: along the batch and along the sequence."""
+    residual_ways: int
+    """Ways a device's tokens are split once more between blocks: 1, or `tensor`."""
     width_ways: dict[str, int]
     """Ways of each activation width: heads, kv_heads, ffn, vocab, embed."""
     width_axes: dict[str, Group]
     sharded: float
     """Parameters one device keeps."""
+    unstaged: float
+    """Of these, what every stage of a pipeline has: all but the layers. 0 without
+    one."""
     gathers: dict[Group, float]
     """Mesh axes -> parameters of one device's part once gathered over them."""
     sums: dict[Group, float]
@@ -60,17 +67,21 @@ def lay_out(
     """Resolve the rules on `mesh` and count.
 
     Raises:
-        RuleError: a dimension of the batch, a weight or a width that does not divide.
+        RuleError: a dimension of the batch, of a sequence, a weight or a width that
+            does not divide.
     """
     specs = resolve(rules, table, mesh)
     batch_axes = set(
         _flat(resolve_activation(rules, ("batch",), (workload.global_batch,), mesh))
     )
     token_axes = batch_axes | _axes_of(rules, "seq", workload.seq_len, mesh)
+    residual_ways = _residual_ways(rules, workload, mesh)
+    # Replicas that take steps alone sum no gradients; what they send is in `traffic`.
+    alone = {"data"} if workload.local_steps else set()
     width_axes = _width_axes(rules, sizes, mesh)
     gathers: dict[Group, float] = {}
     sums: dict[Group, float] = {}
-    sharded = gathered_layer = gathered_rest = 0.0
+    sharded = unstaged = gathered_layer = gathered_rest = 0.0
     is_layer_gathered = False
     for row in table.rows:
         split = _flat(specs[row.path])
@@ -79,17 +90,21 @@ def lay_out(
             for axis in split
             if axis in token_axes and axis not in _expert_axes(row, specs[row.path])
         )
-        summed = _in_order(token_axes - set(split), mesh)
+        summed = _in_order(token_axes - set(split) - alone, mesh)
         size = row.size * _copies(row, specs[row.path], rules, mesh)
         used = size / _ways(set(split) - set(gathered), mesh)
         sharded += size / _ways(set(split), mesh)
+        if mesh.stage > 1 and "stage" not in split:
+            unstaged += size / _ways(set(split), mesh)
         if gathered:
             gathers[gathered] = gathers.get(gathered, 0.0) + used
         if summed:
             part = used / _ways(set(gathered), mesh)
             sums[summed] = sums.get(summed, 0.0) + part
         if "layers" in row.axes:
-            gathered_layer += used / row.shape[row.axes.index("layers")]
+            at = row.axes.index("layers")
+            stages = _ways(set(_flat(specs[row.path][at : at + 1])), mesh)
+            gathered_layer += used * stages / row.shape[at]
             is_layer_gathered |= bool(gathered)
         else:
             gathered_rest = max(gathered_rest, used)
@@ -98,15 +113,41 @@ def lay_out(
         specs=specs,
         batch_ways=_ways(batch_axes, mesh),
         token_ways=_ways(token_axes, mesh),
+        residual_ways=residual_ways,
         width_ways=_width_ways(width_axes, rules, sizes, mesh),
         width_axes=width_axes,
         sharded=sharded,
+        unstaged=unstaged,
         gathers=gathers,
         sums=sums,
         gathered_layer=gathered_layer,
         is_layer_gathered=is_layer_gathered,
         gathered_rest=gathered_rest,
     )
+
+
+def _residual_ways(rules: Rules, workload: Workload, mesh: MeshShape) -> int:
+    """Ways that a device's tokens are split between blocks, beside along `seq`."""
+    tokens = workload.seq_len
+    seq = _axes_of(rules, "seq", tokens, mesh)
+    ways = _ways(seq, mesh)
+    if workload.phase == "train" and ways > 1 and tokens // ways % 2:
+        half = 1 if tokens % 2 else tokens // 2
+        near = nearest_text(_in_order(seq, mesh), half, ways)
+        raise RuleError(
+            f"seq = {tokens} is not divisible by 2 x {ways}; {near} (each part of a "
+            "sequence is a piece of its first half and one of its second)"
+        )
+    residual = _axes_of(rules, "residual", tokens, mesh)
+    shared = _in_order({*seq, *residual, "stage"}, mesh)
+    if workload.phase == "train" and tokens % _ways(set(shared), mesh):
+        over = " x ".join(f"{axis}={mesh.sizes[axis]}" for axis in shared)
+        near = nearest_text(shared, tokens, _ways(set(shared), mesh))
+        raise RuleError(
+            f"seq = {tokens} is not divisible by {over}; {near} (stages share the loss "
+            "by tokens)"
+        )
+    return _ways(residual - seq, mesh)
 
 
 def dtype_bytes(dtype: str) -> int:

@@ -2,88 +2,44 @@
 
 Every pass takes candidates and returns survivors and casualties, and each casualty
 keeps its reason with numbers. A mesh that cannot be split is one candidate; one that
-can is as many as there are ways to run on it (remat x microbatches). A reason begins
-with its kind and a colon, so that reasons can be counted.
+can is as many as there are ways to run on it (remat x microbatches x schedules). A
+reason begins with its kind and a colon, so that reasons can be counted. When nothing
+fits, the passes run once more over meshes that are rarely worth it (candidates.py).
 """
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from llmos_jax.config import load_model
-from llmos_jax.errors import NoFeasiblePlan, RuleError
+from llmos_jax.errors import RuleError
 from llmos_jax.hardware import parse_topology
 from llmos_jax.ir.params import ParamTable
 from llmos_jax.ir.plan import Candidate, MeshShape, Pins, Plan, Rejected, Way
 from llmos_jax.ir.rules import Rules
 from llmos_jax.ir.topology import Topology
 from llmos_jax.ir.workload import Workload
-from llmos_jax.planner.candidates import check_pins, enumerate_meshes, ways_of
+from llmos_jax.planner.candidates import (
+    enumerate_meshes,
+    last_axes,
+    microbatch_counts,
+    usual_axes,
+    ways_of,
+)
 from llmos_jax.planner.collectives import links_of
 from llmos_jax.planner.cost import estimate
-from llmos_jax.planner.explain import count_reasons
+from llmos_jax.planner.domain import MARGIN
 from llmos_jax.planner.layout import Layout, lay_out
 from llmos_jax.planner.memory import Memory, budget, memory_of
-from llmos_jax.planner.sizes import Sizes, sizes_of
+from llmos_jax.planner.pins import check_layers, check_pins
+from llmos_jax.planner.question import Job, Refuted, Sized, Tried, kept_bytes
+from llmos_jax.planner.refusal import no_plan
+from llmos_jax.planner.sizes import sizes_of
 from llmos_jax.rules import check_rules, load_rules
+from llmos_jax.rules.resolve import nearest_divisors, nearest_text
 from llmos_jax.units import format_bytes, format_seconds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refuted:
-    """A way that the compiler turned down."""
-
-    way: Way
-    needed_bytes: float
-    memory: Memory
-    """What was estimated."""
-
-    @property
-    def growth(self) -> float:
-        """Needed over estimated, at least 1, of what is not kept between steps."""
-        kept = _kept_bytes(self.memory)
-        estimated = sum(self.memory.values()) - kept
-        return max(1.0, (self.needed_bytes - kept) / max(1.0, estimated))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """The four inputs, and the sizes read off the first."""
-
-    table: ParamTable
-    topology: Topology
-    workload: Workload
-    rules: Rules
-    sizes: Sizes
-    pins: Pins
-    refuted: tuple[Refuted, ...] = ()
-    """What the compiler said to earlier choices."""
-
-    def growth(self, way: Way) -> float:
-        """How much more than estimated the compiler needed, at worst, for ways that
-        save and offload the same."""
-        return max(
-            (
-                item.growth
-                for item in self.refuted
-                if (item.way.remat, item.way.offload) == (way.remat, way.offload)
-            ),
-            default=1.0,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sized:
-    """A way with its layout and its memory stack."""
-
-    way: Way
-    layout: Layout
-    memory: Memory
-
-    @property
-    def peak_bytes(self) -> float:
-        return sum(self.memory.values())
 
 
 def plan(
@@ -115,21 +71,20 @@ def plan(
     started = time.perf_counter()
     job = _job(model, topology, workload, rules, pins or Pins(), refuted)
 
-    # Each line is one pass: what is left, and what was lost with its reason.
-    meshes = enumerate_meshes(job.topology, job.pins)
-    meshes, uneven = _keep_divisible(meshes, job)
-    layouts, unsplit = _resolve(meshes, job)
-    sized, uncut = _expand(layouts, job)
-    fitting, too_big = _keep_fitting(sized, job)
-    costed, too_slow = _keep_in_time([_cost(item, job) for item in fitting], job)
-    rejected = (*uneven, *unsplit, *uncut, *too_big, *too_slow)
-    count = len(rejected) + len(costed)
-    if not costed:
-        raise _no_plan(job, count, rejected, sized, too_slow)
-    ranked = sorted(costed, key=_rank)
+    asked = (job.sizes, job.topology, job.workload, job.rules)
+    meshes = enumerate_meshes(job.topology, job.pins, usual_axes(*asked))
+    tried = _try(meshes, job)
+    if _may_fit_otherwise(tried, job):
+        rare = enumerate_meshes(job.topology, job.pins, last_axes(*asked))
+        seen = set(meshes)
+        tried = _try([mesh for mesh in rare if mesh not in seen], job).then(tried)
+    count = len(tried.rejected) + len(tried.costed)
+    if not tried.costed:
+        raise no_plan(job, count, tried)
+    ranked = sorted(tried.costed, key=lambda item: _rank(item, job))
 
     best = ranked[0]
-    specs = next(item.specs for item in layouts if item.mesh == best.mesh)
+    specs = next(item.specs for item in tried.layouts if item.mesh == best.mesh)
     return Plan(
         params=job.table,
         topology=job.topology,
@@ -139,10 +94,35 @@ def plan(
         specs=specs,
         runner_up=_runner_up(ranked),
         others=tuple(ranked[:MOST_KEPT]),
-        rejected=rejected,
+        rejected=tried.rejected,
         candidates=count,
         search_s=time.perf_counter() - started,
     )
+
+
+def _try(meshes: list[MeshShape], job: Job) -> Tried:
+    """Run the passes. Each line is one: what is left, and what was lost with its
+    reason."""
+    meshes, uneven = _keep_divisible(meshes, job)
+    layouts, unsplit = _resolve(meshes, job)
+    sized, uncut = _expand(layouts, job)
+    fitting, too_big = _keep_fitting(sized, job)
+    costed, too_slow = _keep_in_time([_cost(item, job) for item in fitting], job)
+    return Tried(
+        layouts=layouts,
+        sized=sized,
+        costed=costed,
+        rejected=(*uneven, *unsplit, *uncut, *too_big, *too_slow),
+        too_slow=too_slow,
+    )
+
+
+def _may_fit_otherwise(tried: Tried, job: Job) -> bool:
+    """Whether nothing fits, and weights and state alone are not what is too large."""
+    if tried.costed or tried.too_slow:
+        return False
+    kept = [kept_bytes(item.memory) for group in tried.sized for item in group]
+    return min(kept, default=0.0) < budget(job.topology)
 
 
 def _job(
@@ -152,19 +132,21 @@ def _job(
     rules: Rules | str,
     pins: Pins,
     refuted: tuple[Refuted, ...],
-) -> _Job:
+) -> Job:
     table = _table_of(model)
     machine = parse_topology(topology) if isinstance(topology, str) else topology
     grammar = load_rules(rules, workload.phase) if isinstance(rules, str) else rules
     workload.check()
     check_rules(grammar, table)
     check_pins(pins, machine, workload)
-    return _Job(
+    sizes = sizes_of(table)
+    check_layers(pins, sizes.layers)
+    return Job(
         table=table,
         topology=machine,
         workload=workload,
         rules=grammar,
-        sizes=sizes_of(table),
+        sizes=sizes,
         pins=pins,
         refuted=refuted,
     )
@@ -182,21 +164,25 @@ def _table_of(model: object) -> ParamTable:
 
 
 def _keep_divisible(
-    meshes: list[MeshShape], job: _Job
+    meshes: list[MeshShape], job: Job
 ) -> tuple[list[MeshShape], list[Rejected]]:
     """Drop meshes with an axis that would do nothing, or that cross slices wrongly."""
     useful = set(job.rules.mesh_axes_used())
-    slices, batch = job.topology.slices, job.workload.global_batch
+    batch = job.workload.global_batch
     kept, lost = [], []
     for mesh in meshes:
         idle = [axis for axis, n in mesh.sizes.items() if n > 1 and axis not in useful]
         if idle:
             reason = f"no rule: nothing is split over {idle[0]}={mesh.sizes[idle[0]]}"
-        elif mesh.data % slices:
-            reason = f"dcn: data={mesh.data} does not cover whole slices ({slices})"
+        elif uncovered := _uncovered(mesh, job):
+            reason = f"dcn: {uncovered}"
         elif batch % _batch_ways(job.rules, mesh):
             ways = _batch_ways(job.rules, mesh)
-            reason = f"batch: {batch} sequences are not divisible by {ways} replicas"
+            near = " or ".join(map(str, nearest_divisors(batch, ways)))
+            reason = (
+                f"batch: {batch} sequences are not divisible by {ways} replicas; "
+                f"nearest: {near}"
+            )
         else:
             kept.append(mesh)
             continue
@@ -204,7 +190,22 @@ def _keep_divisible(
     return kept, lost
 
 
-def _resolve(meshes: list[MeshShape], job: _Job) -> tuple[list[Layout], list[Rejected]]:
+def _uncovered(mesh: MeshShape, job: Job) -> str:
+    """Why the slices are not covered by `data`, then `stage`; empty if they are."""
+    slices = job.topology.slices
+    if job.workload.local_steps and slices > 1 and mesh.data != slices:
+        return (
+            f"data={mesh.data} is not the number of slices ({slices}), each of which "
+            "takes steps of its own"
+        )
+    left = slices // math.gcd(mesh.data, slices)
+    if mesh.stage % left == 0:
+        return ""
+    stages = f" x stage={mesh.stage}" * (mesh.stage > 1)
+    return f"data={mesh.data}{stages} does not cover whole slices ({slices})"
+
+
+def _resolve(meshes: list[MeshShape], job: Job) -> tuple[list[Layout], list[Rejected]]:
     """Apply the rules; drop meshes on which a weight or an activation does not
     divide."""
     kept, lost = [], []
@@ -219,31 +220,34 @@ def _resolve(meshes: list[MeshShape], job: _Job) -> tuple[list[Layout], list[Rej
 
 
 def _expand(
-    layouts: list[Layout], job: _Job
-) -> tuple[list[list[_Sized]], list[Rejected]]:
+    layouts: list[Layout], job: Job
+) -> tuple[list[list[Sized]], list[Rejected]]:
     """Lay out the ways to run on each mesh, in groups that differ in microbatches
     alone; drop a pinned cut that a replica's share refuses."""
-    kept: list[list[_Sized]] = []
+    kept: list[list[Sized]] = []
     lost = []
     for layout in layouts:
         share = job.workload.global_batch // layout.batch_ways
-        count = job.pins.microbatches or 1
-        if share % count:
-            reason = (
-                f"batch: {share} sequences per replica are not divisible by "
-                f"{count} microbatches"
-            )
+        if uncut := _uncut(layout.mesh, share, job):
+            reason = f"batch: {share} sequences per replica {uncut}"
             lost.append(Rejected(mesh=str(layout.mesh), reason=reason))
             continue
         logits = 4.0 * job.workload.seq_len * layout.batch_ways / layout.token_ways
-        logits *= job.sizes.vocab / layout.width_ways["vocab"]
+        logits *= job.sizes.vocab / layout.width_ways["vocab"] / layout.mesh.stage
         head = 4.0 * job.sizes.embed * job.sizes.vocab / layout.width_ways["vocab"]
         for group in ways_of(
-            layout.mesh, share, logits, head, job.topology, job.workload, job.pins
+            layout.mesh,
+            job.sizes.layers,
+            share,
+            logits,
+            head,
+            job.topology,
+            job.workload,
+            job.pins,
         ):
             kept.append(
                 [
-                    _Sized(way=way, layout=layout, memory=_memory(layout, way, job))
+                    Sized(way=way, layout=layout, memory=_memory(layout, way, job))
                     for way in (
                         replace(way, unrolled=True) if _unrolls(job) else way
                         for way in group
@@ -253,7 +257,20 @@ def _expand(
     return kept, lost
 
 
-def _memory(layout: Layout, way: Way, job: _Job) -> Memory:
+def _uncut(mesh: MeshShape, share: int, job: Job) -> str:
+    """Why a replica's sequences make no microbatches; empty if they do."""
+    count = job.pins.microbatches or 1
+    if share % count:
+        near = " or ".join(map(str, nearest_divisors(share, count)))
+        return f"are not divisible by {count} microbatches; nearest: {near}"
+    counts = microbatch_counts(mesh.stage, share, job.pins)
+    if job.workload.phase == "train" and not counts:
+        near = nearest_text(("stage",), share, mesh.stage)
+        return f"do not fill stage={mesh.stage}; {near}"
+    return ""
+
+
+def _memory(layout: Layout, way: Way, job: Job) -> Memory:
     """The memory stack, grown by what the compiler taught."""
     memory = memory_of(layout, way, job.sizes, job.topology, job.workload)
     for item in job.refuted:
@@ -261,19 +278,14 @@ def _memory(layout: Layout, way: Way, job: _Job) -> Memory:
             return {**memory, "refuted": item.needed_bytes - sum(memory.values())}
     growth = job.growth(way)
     if growth > 1:
-        passing = sum(memory.values()) - _kept_bytes(memory)
+        passing = sum(memory.values()) - kept_bytes(memory)
         memory["learnt"] = (growth - 1) * passing
     return memory
 
 
-def _kept_bytes(memory: Memory) -> float:
-    """Weights and optimizer state, whose size is beyond doubt."""
-    return memory.get("params", 0.0) + memory.get("optimizer", 0.0)
-
-
 def _keep_fitting(
-    groups: list[list[_Sized]], job: _Job
-) -> tuple[list[_Sized], list[Rejected]]:
+    groups: list[list[Sized]], job: Job
+) -> tuple[list[Sized], list[Rejected]]:
     """Drop what needs more memory than a device may use; the nearest miss comes last.
 
     More microbatches are never faster, so of each group the first that fits is kept.
@@ -304,7 +316,7 @@ def _said(way: Way) -> str:
 
 
 def _keep_in_time(
-    costed: list[Candidate], job: _Job
+    costed: list[Candidate], job: Job
 ) -> tuple[list[Candidate], list[Rejected]]:
     """Drop what misses the latency goal."""
     goal = job.workload.max_step_s
@@ -317,7 +329,7 @@ def _keep_in_time(
             reason=f"latency: takes {format_seconds(item.predicted.step_s)} > "
             f"{format_seconds(goal)}",
         )
-        for item in sorted(costed, key=_rank, reverse=True)
+        for item in sorted(costed, key=lambda item: -item.predicted.step_s)
         if item.predicted.step_s > goal
     ]
     return kept, lost
@@ -327,7 +339,7 @@ MOST_KEPT = 100
 """Fitting candidates that a plan carries along, for its figures."""
 
 
-def _cost(item: _Sized, job: _Job) -> Candidate:
+def _cost(item: Sized, job: Job) -> Candidate:
     return estimate(
         item.layout,
         item.way,
@@ -346,17 +358,32 @@ keeps for the backward pass. Measured once by hand on bench_29m, `train_step` wi
 time grows with every layer written out."""
 
 
-def _unrolls(job: _Job) -> bool:
+def _unrolls(job: Job) -> bool:
     on_one_cpu = job.topology.chip.vendor == "cpu" and job.topology.num_devices == 1
     return on_one_cpu and job.sizes.layers <= UNROLL_LAYERS
 
 
-def _rank(candidate: Candidate) -> tuple[float, int, int, float]:
-    """Fastest first; what differs by less than the model can tell, simplest first."""
-    step_s = float(f"{candidate.predicted.step_s:.3g}")
-    way = candidate.way
-    simple = way.mesh.tensor * (1 + len(way.offload))
-    return step_s, simple, way.microbatches, candidate.predicted.peak_hbm_bytes
+_SPLITS = ("stage", "context", "expert", "tensor")
+"""Axes that split more than the batch and the weights."""
+
+
+def _rank(candidate: Candidate, job: Job) -> tuple[float, int, int, int, float]:
+    """Fastest first; what differs by less than the model can tell, simplest first.
+
+    In training an axis of _SPLITS that nobody asked for must win by MARGIN.
+    """
+    way, pinned = candidate.way, job.pins.mesh or {}
+    splits = {axis: way.mesh.sizes[axis] for axis in _SPLITS}
+    unasked = [axis for axis, n in splits.items() if n > 1 and axis not in pinned]
+    is_train = job.workload.phase == "train"
+    step_s = candidate.predicted.step_s * (1 + MARGIN * len(unasked) * is_train)
+    return (
+        float(f"{step_s:.3g}"),
+        math.prod(splits.values()) * (1 + len(way.offload)),
+        way.microbatches,
+        way.rounds,
+        candidate.predicted.peak_hbm_bytes,
+    )
 
 
 def _runner_up(ranked: list[Candidate]) -> Candidate | None:
@@ -371,60 +398,3 @@ def _batch_ways(rules: Rules, mesh: MeshShape) -> int:
     for axis in rules.activations["batch"]:
         ways *= mesh.sizes[axis]
     return ways
-
-
-def _no_plan(
-    job: _Job,
-    count: int,
-    rejected: tuple[Rejected, ...],
-    groups: list[list[_Sized]],
-    too_slow: list[Rejected],
-) -> NoFeasiblePlan:
-    sized = [item for group in groups for item in group]
-    work, machine = job.workload, job.topology
-    lines = [
-        f"no plan for {job.table.name} on {machine.name} ({work.phase}, "
-        f"{work.global_batch} x {work.seq_len} tokens): "
-        f"{count} candidates, all rejected.",
-        *(f"  {line}" for line in count_reasons(rejected)),
-    ]
-    if too_slow:
-        lines.append(
-            f"  What would make it fit: a latency goal above the {too_slow[-1].reason}"
-            ", a smaller batch, or more chips."
-        )
-    elif sized:
-        lines.extend(_nearest_miss(job, min(sized, key=lambda item: item.peak_bytes)))
-    else:
-        lines.append(_remedy_for_batch(job))
-    pairs = tuple((item.mesh, item.reason) for item in rejected)
-    return NoFeasiblePlan("\n".join(lines), pairs)
-
-
-def _nearest_miss(job: _Job, nearest: _Sized) -> list[str]:
-    limit = budget(job.topology)
-    kept = sum(nearest.memory.get(key, 0.0) for key in ("params", "optimizer"))
-    # Weights and state shrink with the machine; what is left must fit beside them.
-    chips = job.topology.chips * nearest.peak_bytes / limit
-    lines = [
-        f"  Nearest: {nearest.way}: needs {format_bytes(nearest.peak_bytes)} of "
-        f"{format_bytes(limit)} ({format_bytes(kept)} of it weights and optimizer)."
-    ]
-    remedies = [f"about {chips:.0f} chips of this kind (now {job.topology.chips})"]
-    if kept < limit:
-        remedies.append(
-            f"a batch.global below {job.workload.global_batch}, or a shorter"
-        )
-        remedies[-1] += f" batch.seq_len than {job.workload.seq_len}"
-    if job.pins != Pins():
-        remedies.append("fewer plan.* pins")
-    return [*lines, f"  What would make it fit: {'; or '.join(remedies)}."]
-
-
-def _remedy_for_batch(job: _Job) -> str:
-    slices, devices = job.topology.slices, job.topology.num_devices
-    hint = f" and {slices} slices need a batch divisible by {slices}" * (slices > 1)
-    return (
-        f"  What would make it fit: a batch.global that is a multiple of {devices} "
-        f"(now {job.workload.global_batch}){hint}; or fewer plan.* pins."
-    )

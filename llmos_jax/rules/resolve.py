@@ -99,6 +99,36 @@ def resolve_weight(
     return _split(rules, "weights", rules.weights, axes, shape, mesh, what)
 
 
+def nearest_divisors(size: int, ways: int) -> list[int]:
+    """Return the next smaller and the next larger number than `ways` that divide
+    `size`, as far as there are any."""
+    low = [part for part in range(1, math.isqrt(size) + 1) if size % part == 0]
+    parts = {*low, *(size // part for part in low)}
+    below = [max((part for part in parts if part < ways), default=0)]
+    above = [min((part for part in parts if part > ways), default=0)]
+    return [part for part in below + above if part]
+
+
+def nearest_text(
+    axes: tuple[str, ...], size: int, ways: int, may_repeat: bool = False
+) -> str:
+    """Return the ways nearest to `ways` that divide `size`, in words: `nearest:
+    stage=2 or stage=4`.
+
+    Args:
+        axes: the mesh axes that split the dimension.
+        size: of the dimension.
+        ways: that do not divide it.
+        may_repeat: whether several devices may hold the same part.
+    """
+    near = nearest_divisors(size, ways)
+    if may_repeat and ways > size:
+        near = [ways // size * size, (ways // size + 1) * size]
+    if len(axes) == 1:
+        return "nearest: " + " or ".join(f"{axes[0]}={part}" for part in near)
+    return f"nearest: {' x '.join(axes)} = {' or '.join(map(str, near))}"
+
+
 def _split(
     rules: Rules,
     name: str,
@@ -119,8 +149,9 @@ def _split(
             active = ()
         elif size % ways and not is_repeated:
             over = " x ".join(f"{part}={sizes[part]}" for part in active)
+            near = nearest_text(active, size, ways, axis in rules.repeat)
             raise RuleError(
-                f"{axis} = {size} is not divisible by {over} ({what}, "
+                f"{axis} = {size} is not divisible by {over}; {near} ({what}, "
                 f"{locate(rules.source, name, str(axis))})"
             )
         spec.append(active if len(active) > 1 else active[0] if active else None)

@@ -41,7 +41,7 @@ class Generator:
     def __init__(self, skeleton: Skeleton, params: Params, *, compute_dtype: str):
         self._skeleton = skeleton
         self._dtype = jnp.dtype(compute_dtype)
-        self._params = {path: x.astype(self._dtype) for path, x in params.items()}
+        self._params = skeleton.cast(params, compute_dtype)
         self._programs: dict[Sampling, tuple[Callable, Callable]] = {}
 
     def complete(

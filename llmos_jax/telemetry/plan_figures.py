@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from llmos_jax.ir import Candidate, Front, Plan, Slice, fidelity_of
 from llmos_jax.units import format_bytes, format_seconds
 
-_KEPT = ("params", "optimizer", "gradients", "KV cache")
+_KEPT = ("params", "optimizer", "replicas", "velocity", "gradients", "KV cache")
 _LEFT, _RIGHT = 9.0, 95.0
 """Percent of the width between which dots lie: heights are written left of them."""
 _WIDTH = 900

@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from llmos_jax.ir import Front, Neighbour, Plan, axes_text, fidelity_of
+from llmos_jax.ir.facts import exchange_text, schedule_text
 from llmos_jax.telemetry.plan_figures import (
     candidates_plot,
     chip_colours,
@@ -144,7 +145,14 @@ def _choice(plan: Plan) -> list[tuple[str, str]]:
         for axis, n in plan.mesh.sizes.items()
         if n > 1 and axis in placed
     ]
+    if plan.workload.local_steps:
+        steps = plan.workload.local_steps
+        rows.append(("replicas", f"agree on parameters once in {steps} steps"))
     rows += [("remat", plan.remat), ("microbatches", str(plan.microbatches))]
+    if plan.mesh.stage > 1:
+        rows.append(("schedule", schedule_text(way)))
+    if plan.mesh.context > 1:
+        rows.append(("keys of others", exchange_text(way)))
     if way.offload:
         rows.append(("in host memory", ", ".join(way.offload)))
     if way.loss_tiles > 1:

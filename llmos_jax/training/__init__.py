@@ -3,6 +3,7 @@
 from llmos_jax.training.conduct import conduct
 from llmos_jax.training.evaluate import Score, score_step, total_score
 from llmos_jax.training.folder import RunFolder, open_folder
+from llmos_jax.training.local import LocalState, local_replicas, replica_bytes_per_step
 from llmos_jax.training.loop import Hooks, Outcome, Pace, run
 from llmos_jax.training.loss import tiled_loss, token_losses
 from llmos_jax.training.optimizer import learning_rate, make_optimizer
@@ -17,6 +18,7 @@ from llmos_jax.training.summary import summarise
 
 __all__ = [
     "Hooks",
+    "LocalState",
     "Outcome",
     "Pace",
     "RunFolder",
@@ -27,11 +29,13 @@ __all__ = [
     "conduct",
     "init_state",
     "learning_rate",
+    "local_replicas",
     "lower_train_step",
     "make_optimizer",
     "mean_loss",
     "open_folder",
     "open_session",
+    "replica_bytes_per_step",
     "run",
     "score_step",
     "summarise",

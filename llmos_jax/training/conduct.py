@@ -15,6 +15,7 @@ from llmos_jax.lowering import measure_matmul_flops_per_s
 from llmos_jax.planner import model_flops, sizes_of
 from llmos_jax.telemetry import MetricsWriter, TrainProgress
 from llmos_jax.training.folder import RunFolder
+from llmos_jax.training.local import local_replicas
 from llmos_jax.training.loop import Hooks, Outcome, Pace, run
 from llmos_jax.training.session import Session, bits_per_byte
 from llmos_jax.training.step import TrainState
@@ -45,6 +46,7 @@ def conduct(
         seed=config.run.seed,
         rows=session.rows,
         start_step=start,
+        document_mask=config.data.document_mask,
     )
     if start:
         say(f"resuming from step {start} in {folder.path}")
@@ -114,6 +116,7 @@ def _hooks(
             mesh=plan.mesh.sizes,
             data={**source.get_state(), "step": step},
             metrics=figures,
+            local_replicas=local_replicas(plan),
             made_by={"llmos_jax": __version__, "jax": jax.__version__},
         )
         folder.store.save(
@@ -124,6 +127,7 @@ def _hooks(
         evaluate=evaluate if config.train.eval_every else None,
         save=save,
         last_saved=folder.last_saved,
+        conclude=session.concluded,
     )
     if jax.process_count() == 1:
         return hooks

@@ -8,14 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmos_jax.ir import Way
 from llmos_jax.models import Params, Skeleton
 from llmos_jax.training.loss import token_losses
-from llmos_jax.training.step import Batch
+from llmos_jax.training.pipeline import Job, pipelined_sums
+from llmos_jax.training.step import Batch, how_of, in_token_order
+
+PLAIN = Way()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +52,13 @@ class Score:
 
 
 def score_step(
-    skeleton: Skeleton, *, compute_dtype: str
+    skeleton: Skeleton, *, compute_dtype: str, way: Way = PLAIN
 ) -> Callable[[Params, Batch], jax.Array]:
     """Return (params, batch with weights) -> float32 [3]: nats, tokens, correct."""
+    job = Job(skeleton, way, how_of(way), compute_dtype)
 
-    def score(params: Params, batch: Batch) -> jax.Array:
-        cast = {path: value.astype(compute_dtype) for path, value in params.items()}
-        logits_BTV = skeleton.bind(cast)(batch["inputs"])
+    def sums(model: Any, features_BTD: jax.Array, batch: Batch) -> jax.Array:
+        logits_BTV = model.logits(features_BTD)
         losses_BT = token_losses(logits_BTV, batch["targets"])
         guesses_BT = jnp.argmax(logits_BTV, axis=-1)
         right_BT = (guesses_BT == batch["targets"]).astype(jnp.float32)
@@ -65,6 +70,16 @@ def score_step(
                 jnp.sum(right_BT * weights_BT),
             ]
         )
+
+    def score(params: Params, batch: Batch) -> jax.Array:
+        batch = in_token_order(batch)
+        if way.mesh.stage > 1:
+            return pipelined_sums(job, params, batch, sums)
+        model = skeleton.bind(job.cast(params))
+        features_BTD, _ = model.routed_features(
+            batch["inputs"], batch.get("segments"), job.how
+        )
+        return sums(model, features_BTD, batch)
 
     return score
 

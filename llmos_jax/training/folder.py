@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmos_jax.checkpoint import CheckpointStore, check_same_model
+from llmos_jax.checkpoint import (
+    CheckpointStore,
+    check_same_model,
+    check_same_replicas,
+)
 from llmos_jax.config import RunConfig, to_toml
 from llmos_jax.errors import ConfigError
 from llmos_jax.ir import ModelSpec
@@ -55,6 +59,16 @@ class RunFolder:
         if self.resume_step:
             manifest = self.store.manifest(self.resume_step)
             check_same_model(manifest, spec, str(self.store.folder))
+
+    def check_replicas(self, wanted: int) -> None:
+        """The same for a run whose replicas learn alone, if `wanted` many do not.
+
+        Raises:
+            PlanMismatch: naming sync.strategy.
+        """
+        if self.resume_step:
+            manifest = self.store.manifest(self.resume_step)
+            check_same_replicas(manifest, wanted, str(self.store.folder))
 
     def last_saved(self) -> str:
         """A sentence that names the last good checkpoint, once it is whole on disk."""

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
 
 from llmos_jax.config.schema import RunConfig
 from llmos_jax.lowering import Program, fetch
+from llmos_jax.lowering.peers import shared_fate
 from llmos_jax.telemetry import MetricsWriter, TrainProgress
 from llmos_jax.training.optimizer import learning_rate
 from llmos_jax.training.step import Batch, Metrics, TrainState
@@ -38,6 +40,9 @@ class Hooks:
     """(state, latest figures): start a checkpoint of this state."""
     last_saved: Callable[[], str]
     """A sentence that names the last good checkpoint."""
+    conclude: Callable[[TrainState, int], TrainState]
+    """(state, step) -> the state that a run ends with, by its steps or its clock. One
+    that a signal stops goes on later as if nothing had been."""
     agreed_to_stop: Callable[[int], bool] | None = None
     """Several processes only: whether all have agreed to stop at this step."""
 
@@ -80,16 +85,21 @@ def run(
 
     Raises:
         TrainingError: the loss or gradient stopped being finite, or exploded.
+        LowerError: another process of the run is gone.
     """
     recorder = _Recorder(config, pace, writer, progress, hooks)
     clock = Clock(config.train.max_minutes)
     step, reason = start_step, "finished"
     saved_at = start_step
-    with StopSignal(enabled=hooks.agreed_to_stop is None) as stop:
+    fate = shared_fate(lambda: _how_to_go_on(config, recorder.step))
+    with fate, StopSignal(enabled=hooks.agreed_to_stop is None) as stop:
         while step < config.train.steps:
             state, metrics = program(state, next(batches))
             step += 1
             recorder.submit(step, metrics)
+            stopped = _stop_reason(step, stop, clock, hooks)
+            if stopped == "time" or step == config.train.steps:
+                state = hooks.conclude(state, step)
             every = config.train.eval_every
             if hooks.evaluate and every and step % every == 0:
                 recorder.flush(partial(hooks.evaluate, state, step))
@@ -97,7 +107,6 @@ def run(
                 recorder.flush()
                 hooks.save(state, recorder.latest)
                 saved_at = step
-            stopped = _stop_reason(step, stop, clock, hooks)
             if stopped:
                 reason = stopped
                 break
@@ -128,6 +137,7 @@ class _Recorder:
         hooks: Hooks,
     ):
         self.latest: dict[str, float] = {}
+        self.step: int | None = None
         self._watch = DivergenceWatch(config.train.explode_ratio)
         self._schedule = learning_rate(config.train)
         self._pace, self._writer, self._progress = pace, writer, progress
@@ -169,6 +179,7 @@ class _Recorder:
         evaluate: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         loss = float(fetch(metrics["loss"]))
+        self.step = step
         grad_norm = float(fetch(metrics["grad_norm"]))
         now = time.perf_counter()
         assert self._last_time is not None
@@ -195,6 +206,19 @@ class _Recorder:
         self._progress.update(step, loss, tokens_per_s, mfu)
         self.latest.update({key: row[key] for key in ("loss", "grad_norm", "lr")})
         self.latest.update(figures)
+
+
+def _how_to_go_on(config: RunConfig, last_step: int | None) -> str:
+    """What to do when another process is gone.
+
+    NOTE: reads the disk alone. Asking the checkpoint store would wait for the dead.
+    """
+    folder = Path(config.run.dir).expanduser()
+    names = (path.name for path in folder.glob("checkpoints/*"))
+    saved = max((int(name) for name in names if name.isdigit()), default=None)
+    way = "starts anew" if saved is None else f"goes on from step {saved}"
+    done = "" if last_step is None else f"The last step here was {last_step}. "
+    return f"{done}Start all processes again: the run {way} in {folder}."
 
 
 def _stop_reason(

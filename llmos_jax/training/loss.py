@@ -28,6 +28,10 @@ def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Return float32 -log p(target) [B, T], in nats."""
     logits_BTV = logits_BTV.astype(jnp.float32)
     log_sum_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    V = logits_BTV.shape[-1]
+    if mesh_axes_of("vocab", V):  # a sum is split by any partitioner, a lookup is not
+        is_target_BTV = targets_BT[:, :, None] == jnp.arange(V)[None, None, :]
+        return log_sum_BT - jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     chosen_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[:, :, None], axis=-1)
     return log_sum_BT - chosen_BT1[:, :, 0]
 

@@ -1,4 +1,5 @@
-"""AdamW with linear warm-up, cosine decay and clipping, from a config, with Optax."""
+"""The optimizer of a config, from Optax: AdamW, or plain gradient descent; each with
+linear warm-up, cosine decay of its rate, and clipping."""
 
 from __future__ import annotations
 
@@ -27,14 +28,18 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Return clip -> Adam -> decoupled weight decay -> learning rate.
 
-    The moments are computed in float32 and kept in `state_dtype` between steps.
-    Decay touches matrices only: a norm's scale has nothing to be regularised towards 0.
+    `train.optimizer = "sgd"` leaves Adam and the decay out, and keeps no moments.
+    Moments are computed in float32 and kept in `state_dtype` between steps. Decay
+    touches matrices only: a norm's scale has nothing to be regularised towards 0.
     """
     decayed = {row.path: "norm" not in row.axes for row in table.rows}
-    inner = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+    adam = (
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
+    )
+    inner = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        *(adam if config.optimizer == "adamw" else ()),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
 

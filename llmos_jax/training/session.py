@@ -17,8 +17,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from llmos_jax.checkpoint import CheckpointStore, check_same_model
-from llmos_jax.config.schema import RunConfig, TrainSection
+from llmos_jax.checkpoint import (
+    CheckpointStore,
+    check_same_model,
+    check_same_replicas,
+)
+from llmos_jax.config.schema import RunConfig, SyncSection, TrainSection
 from llmos_jax.data import TokenFile, TrainBatches, evaluation_batches
 from llmos_jax.errors import LowerError
 from llmos_jax.ir import Plan
@@ -29,13 +33,20 @@ from llmos_jax.lowering import (
     device_mesh,
     fetch,
     global_array,
-    like_params,
     local_rows,
     lower,
     replicated,
 )
 from llmos_jax.models import Params, Skeleton
 from llmos_jax.training.evaluate import Score, score_step, total_score
+from llmos_jax.training.local import (
+    agreement,
+    check_local,
+    local_optimizer,
+    local_replicas,
+    local_step,
+    state_shardings,
+)
 from llmos_jax.training.optimizer import make_optimizer
 from llmos_jax.training.router import RouterWeights
 from llmos_jax.training.step import Batch, TrainState, init_state, train_step
@@ -55,6 +66,9 @@ class Session:
     program: Program
     scorer: Program
     """(params, batch with weights) -> nats, tokens, correct."""
+    agreement: Program | None
+    """(state) -> state in which replicas that learn alone agree; None if they do after
+    every step."""
 
     @property
     def rows(self) -> list[int]:
@@ -79,16 +93,26 @@ class Session:
         """Read a checkpoint of this model onto this mesh.
 
         Raises:
-            PlanMismatch: the checkpoint holds another model.
+            PlanMismatch: the checkpoint holds another model, or replicas that learn
+                alone where the plan has none, or others.
             CheckpointError: it cannot be read.
         """
         manifest = store.manifest(step)
         check_same_model(manifest, self.skeleton.spec, str(store.folder))
+        check_same_replicas(manifest, local_replicas(self.plan), str(store.folder))
         restored = store.restore(
             step, params=self.state_shape.params, optimizer=self.state_shape.optimizer
         )
         counter = jax.device_put(jnp.int32(step), replicated(self.mesh))
         return TrainState(counter, restored["params"], restored["optimizer"])
+
+    def concluded(self, state: TrainState, step: int) -> TrainState:
+        """The state a run ends with: replicas that learnt alone have agreed."""
+        every = self.plan.workload.local_steps
+        if self.agreement is None or step % every == 0:
+            return state
+        agreed: TrainState = self.agreement(state)
+        return agreed
 
     def batches(self, source: TrainBatches) -> Iterator[Batch]:
         """Global device arrays of each batch of `source`, which reads `rows`."""
@@ -103,10 +127,11 @@ class Session:
             seq_len=workload.seq_len,
             batch=workload.global_batch,
             limit=limit,
+            rows=self.rows,
+            document_mask=self.config.data.document_mask,
         )
-        everything = list(range(workload.global_batch))
         return total_score(
-            fetch(self.scorer(params, self._on_mesh(batch, everything)))
+            fetch(self.scorer(params, self._on_mesh(batch, self.rows)))
             for batch in found
         )
 
@@ -124,71 +149,116 @@ def open_session(skeleton: Skeleton, plan: Plan, config: RunConfig) -> Session:
 
     Raises:
         LowerError: the devices are not those the plan is for.
+        ConfigError: replicas are to learn alone, and cannot.
     """
     mesh = device_mesh(plan)
-    program = lower_train_step(skeleton, plan, config.train, mesh)
+    program = lower_train_step(skeleton, plan, config, mesh)
+    optimizer = _optimizer(skeleton, plan, config.train, config.sync)
     scorer = lower(
         "score_step",
-        score_step(skeleton, compute_dtype=config.train.compute_dtype),
+        score_step(skeleton, compute_dtype=config.train.compute_dtype, way=plan.way),
         plan,
         mesh,
         (),
         out_shardings=replicated(mesh),
     )
+    state_shape = program.arguments[0]
     return Session(
         skeleton=skeleton,
         plan=plan,
         config=config,
         mesh=mesh,
-        optimizer=make_optimizer(config.train, skeleton.table, plan.way.state_dtype),
-        state_shape=program.arguments[0],
+        optimizer=optimizer,
+        state_shape=state_shape,
         program=program,
         scorer=scorer,
+        agreement=_agreement(plan, mesh, optimizer, state_shape),
     )
 
 
 def lower_train_step(
-    skeleton: Skeleton, plan: Plan, config: TrainSection, mesh: Mesh
+    skeleton: Skeleton, plan: Plan, config: RunConfig, mesh: Mesh
 ) -> Program:
     """Lower the training step of a plan for a mesh, whose devices need not be here.
 
+    Args:
+        skeleton: the model.
+        plan: its workload says whether replicas learn alone, and for how long.
+        config: the optimizers, the dtypes, and whether documents are masked.
+        mesh: of the plan's shape.
+
     Raises:
-        LowerError: the plan is of another phase, or uses a mesh axis that no program
-            here runs on.
+        LowerError: the plan is of another phase.
+        ConfigError: replicas are to learn alone, and cannot.
     """
     if plan.workload.phase != "train":
         raise LowerError(
             f"the plan is for a {plan.workload.phase} step; training needs "
             "plan.phase=train."
         )
-    for axis in ("stage", "context", "expert"):
-        if plan.mesh.sizes[axis] > 1:
-            raise LowerError(
-                f"the plan has {axis}={plan.mesh.sizes[axis]}, which is planned and "
-                "not yet run: training splits over data, fsdp and tensor. Set "
-                f"plan.mesh.{axis}=1."
-            )
-    optimizer = make_optimizer(config, skeleton.table, plan.way.state_dtype)
+    train = config.train
+    optimizer = _optimizer(skeleton, plan, train, config.sync)
     shape = jax.eval_shape(functools.partial(init_state, skeleton, optimizer, 0))
-    state_shape = abstract(shape, like_params(shape, plan, mesh))
+    state_shape = abstract(shape, state_shardings(shape, plan, mesh))
+    every = plan.workload.local_steps
     step = train_step(
-        *(skeleton, optimizer),
-        compute_dtype=config.compute_dtype,
+        skeleton,
+        _inner(skeleton, plan, train) if every else optimizer,
+        compute_dtype=train.compute_dtype,
         way=plan.way,
         router_weights=RouterWeights(
-            balance=config.router_balance_weight, z=config.router_z_weight
+            balance=train.router_balance_weight, z=train.router_z_weight
         ),
     )
+    if every:
+        step = local_step(step, optimizer, every)
     size = (plan.workload.global_batch, plan.workload.seq_len)
     tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(plan, mesh))
+    arrays = ["inputs", "targets", *(["segments"] * config.data.document_mask)]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shape)
     return lower(
         "train_step",
         step,
         plan,
         mesh,
-        (state_shape, {"inputs": tokens, "targets": tokens}),
+        (state_shape, dict.fromkeys(arrays, tokens)),
         out_shardings=(shardings, replicated(mesh)),
+        donate=(0,),
+    )
+
+
+def _inner(
+    skeleton: Skeleton, plan: Plan, config: TrainSection
+) -> optax.GradientTransformation:
+    return make_optimizer(config, skeleton.table, plan.way.state_dtype)
+
+
+def _optimizer(
+    skeleton: Skeleton, plan: Plan, config: TrainSection, sync: SyncSection
+) -> optax.GradientTransformation:
+    """The optimizer whose state a run keeps: of a step, or of replicas that agree."""
+    inner = _inner(skeleton, plan, config)
+    if not plan.workload.local_steps:
+        return inner
+    check_local(plan)
+    return local_optimizer(inner, sync, plan.mesh.data)
+
+
+def _agreement(
+    plan: Plan,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    state_shape: TrainState,
+) -> Program | None:
+    if not plan.workload.local_steps:
+        return None
+    return lower(
+        "agreement",
+        agreement(optimizer),
+        plan,
+        mesh,
+        (state_shape,),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state_shape),
         donate=(0,),
     )
 

@@ -5,16 +5,19 @@ B sequences, T tokens, M microbatches. Nothing here knows a mesh: lowering shard
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llmos_jax.ir import Way
-from llmos_jax.models import Params, Pass, Routing, Skeleton
+from llmos_jax.models import Params, Pass, Routing, Skeleton, token_order
 from llmos_jax.training.loss import tiled_loss, token_losses
+from llmos_jax.training.pipeline import Job, pipelined
 from llmos_jax.training.router import (
     NO_ROUTER_LOSS,
     ROUTER_METRICS,
@@ -84,13 +87,21 @@ def train_step(
 
     figures = ROUTER_METRICS if skeleton.spec.num_experts else ()
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    job = Job(
+        *(skeleton, way, how_of(way), compute_dtype),
+        loss=functools.partial(_head_loss, way=way),
+        router_weights=router_weights,
+    )
+
+    def whole(params: Params, batch: Batch) -> tuple[Values, Params]:
+        if way.mesh.stage > 1:
+            return pipelined(job, params, batch)
         zero = jnp.zeros((), jnp.float32)
-        (loss, others), gradients = accumulated(
-            value_and_grad,
-            *(state.params, batch, way),
-            nothing=(zero, dict.fromkeys(figures, zero)),
-        )
+        nothing = (zero, dict.fromkeys(figures, zero))
+        return accumulated(value_and_grad, params, batch, way, nothing)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (loss, others), gradients = whole(state.params, in_token_order(batch))
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **others}
@@ -103,20 +114,38 @@ def _mean_loss(
     skeleton: Skeleton, params: Params, batch: Batch, compute_dtype: str, way: Way
 ) -> tuple[jax.Array, Routing | None]:
     """`mean_loss`, and what each layer's router did."""
-    cast = {path: value.astype(compute_dtype) for path, value in params.items()}
-    model = skeleton.bind(cast)
+    model = skeleton.bind(skeleton.cast(params, compute_dtype))
     features_BTD, routing = model.routed_features(
         batch["inputs"], batch.get("segments"), how_of(way)
     )
-    if way.loss_tiles > 1:
-        kernel, axes = model.head_kernel()
-        loss = tiled_loss(
-            features_BTD, kernel, batch["targets"], axes, way.loss_tiles, way.loss_over
-        )
-    else:
+    return _head_loss(model, features_BTD, batch["targets"], way), routing
+
+
+def _head_loss(
+    model: Any, features_BTD: jax.Array, targets_BT: jax.Array, way: Way
+) -> jax.Array:
+    if way.loss_tiles == 1:
         logits_BTV = model.logits(features_BTD)
-        loss = jnp.mean(token_losses(logits_BTV, batch["targets"]))
-    return loss, routing
+        return jnp.mean(token_losses(logits_BTV, targets_BT))
+    kernel, axes = model.head_kernel()
+    return tiled_loss(
+        features_BTD, kernel, targets_BT, axes, way.loss_tiles, way.loss_over
+    )
+
+
+def in_token_order(batch: Batch) -> Batch:
+    """Put tokens in the order in which a mesh that splits sequences wants them."""
+    order = token_order(batch["inputs"].shape[1])
+    if order is None:
+        return batch
+    # In slices, which any partitioner can split; a lookup it may not (XLA aborts on one
+    # beside mesh axes that are manual).
+    breaks = np.flatnonzero(np.diff(order) != 1) + 1
+    runs = [(int(run[0]), int(run[-1]) + 1) for run in np.split(order, breaks)]
+    return {
+        name: jnp.concatenate([x_BT[:, start:end] for start, end in runs], axis=1)
+        for name, x_BT in batch.items()
+    }
 
 
 def how_of(way: Way) -> Pass:

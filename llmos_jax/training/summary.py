@@ -11,6 +11,7 @@ from llmos_jax.ir import ReportRow
 from llmos_jax.telemetry import environment, write_report
 from llmos_jax.training.evaluate import Score
 from llmos_jax.training.folder import RunFolder
+from llmos_jax.training.local import replica_bytes_per_step
 from llmos_jax.training.loop import Outcome
 from llmos_jax.training.session import Session
 
@@ -37,6 +38,7 @@ def summarise(
         "run_dir": str(folder.path),
         "checkpoint": str(folder.path / "checkpoints" / str(outcome.step)),
         "report": str(folder.path / "report.html"),
+        "sync": _sync(session),
         "plan_fingerprint": session.plan.fingerprint,
     }
     write_report(
@@ -96,5 +98,30 @@ def _rows(
     tokens = outcome.step * pace.tokens_per_step
     row("tokens_seen", tokens, "tokens", "steps * batch.global * batch.seq_len")
     row("train_s", outcome.train_s, "s", "this sitting, evaluations included")
+    rows.append(_replica_row(session))
     row("params", session.skeleton.table.num_params, "", "all parameters")
     return rows
+
+
+def _sync(session: Session) -> dict[str, Any]:
+    """How replicas agree: `steps` lie between two agreements."""
+    workload = session.plan.workload
+    return {
+        "strategy": "local" if workload.local_steps else "every_step",
+        "steps": workload.local_steps or 1,
+        "replicas": session.plan.mesh.data,
+    }
+
+
+def _replica_row(session: Session) -> ReportRow:
+    plan = session.plan
+    slices = plan.topology.slices
+    where = f"over DCN, between {slices} slices" if slices > 1 else "within one slice"
+    every = plan.workload.local_steps or 1
+    return ReportRow(
+        name="replica_bytes_per_step",
+        value=replica_bytes_per_step(plan),
+        unit="bytes",
+        how=f"from a device to other replicas ({where}): 2 (R - 1) / R of its float32 "
+        f"gradients, R = {plan.mesh.data}, every {every} steps",
+    )

@@ -65,6 +65,24 @@ def test_json_does_not_plan_the_neighbours(capsys, monkeypatch):
     assert one_object(answer(capsys, *PLAN, "--json"))["fingerprint"]
 
 
+def test_a_size_that_cannot_be_names_the_nearest(capsys):
+    code, out, err = ask(capsys, *PLAN, "--mesh", "tensor=16")
+    assert (code, out) == (3, "")
+    head, why, *_ = err.strip().splitlines()
+    assert head.startswith("error: no plan for llama3_8b on v6e:4x4")
+    assert "kv_heads = 8 is not divisible by tensor=16; nearest: tensor=8" in why
+
+
+def test_a_pipeline_is_pinned_with_its_schedule(capsys):
+    pins = ["--mesh", "stage=2", "--set", "plan.schedule=circular"]
+    pins += ["--set", "plan.rounds=4"]
+    way = one_object(answer(capsys, *PLAN, *pins, "--json"))["way"]
+    assert (way["schedule"], way["rounds"]) == ("circular", 4)
+    assert "schedule     circular, 4 rounds, bubble" in answer(capsys, *PLAN, *pins)
+    code, _, err = ask(capsys, *PLAN, "--set", "plan.schedule=1f1b")
+    assert code == 3 and "means nothing without plan.mesh.stage above 1" in err
+
+
 def test_html_is_written_beside_either_answer(capsys, tmp_path):
     for extra in ([], ["--json"]):
         path = tmp_path / f"page{len(extra)}.html"

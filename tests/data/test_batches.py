@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmos_jax.config.schema import DataSection
 from llmos_jax.data import (
     TokenFile,
     TrainBatches,
     evaluation_batches,
     num_evaluation_batches,
+    prepare,
 )
 from llmos_jax.errors import DataError
 
@@ -134,6 +137,86 @@ def test_too_little_text_names_both_numbers(tmp_path):
     with pytest.raises(DataError, match=r"train text has 8 tokens.*row needs 9"):
         TrainBatches(short, seq_len=8, global_batch=1, seed=0)
     assert firsts(batches(token_file(tmp_path, 9), 2, global_batch=2)) == [[0, 0]] * 2
+
+
+def marked_file(folder, documents):
+    """Documents of the token 1, each begun by the mark 7, as token_file.py writes."""
+    ids = [token for size in documents for token in (7, *[1] * size)]
+    path = folder / "train.bin"
+    np.array(ids, np.uint16).tofile(path)
+    return TokenFile(
+        path=path,
+        dtype="uint16",
+        num_tokens=len(ids),
+        num_bytes=len(ids),
+        num_documents=len(documents),
+        fingerprint="f00d",
+        end_id=7,
+    )
+
+
+@pytest.mark.parametrize("source", [TrainBatches, evaluation_batches])
+def test_a_mark_belongs_to_the_document_that_it_begins(tmp_path, source):
+    file = marked_file(tmp_path, [3, 0, 2, 9])
+    options = {"document_mask": True, "seq_len": 8}
+    if source is TrainBatches:
+        rows = batches(file, 1, global_batch=2, **options)[0]
+    else:
+        rows = next(evaluation_batches(file, batch=2, **options))
+    found = {
+        tuple(inputs.tolist()): segments.tolist()
+        for inputs, segments in zip(rows["inputs"], rows["segments"])
+    }
+    assert rows["segments"].dtype == np.int32
+    assert found == {
+        (7, 1, 1, 1, 7, 7, 1, 1): [0, 0, 0, 0, 1, 2, 2, 2],
+        (7, 1, 1, 1, 1, 1, 1, 1): [0] * 8,
+    }
+
+
+def test_segments_count_from_zero_where_a_row_begins_inside_a_document(tmp_path):
+    file = marked_file(tmp_path, [5, 5])
+    one, two = evaluation_batches(file, batch=1, seq_len=4, document_mask=True, limit=2)
+    assert one["segments"].tolist() == [[0, 0, 0, 0]]
+    assert two["inputs"].tolist() == [[1, 1, 7, 1]]
+    assert two["segments"].tolist() == [[0, 0, 1, 1]]
+
+
+def test_rows_of_processes_have_the_segments_of_the_whole_batch(tmp_path):
+    file = marked_file(tmp_path, [3, 8, 1, 6, 2, 4, 7, 5] * 4)
+    for step, whole in enumerate(batches(file, 5, document_mask=True)):
+        (part,) = batches(file, 1, document_mask=True, rows=[4, 1], start_step=step)
+        np.testing.assert_array_equal(part["segments"], whole["segments"][[4, 1]])
+        assert whole["segments"].max() > 0
+
+
+def test_prepared_text_has_a_segment_for_each_document(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": "tick tock " * (n + 1)} for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = DataSection(train=(str(path),), validation_share=0.1, tokenizer="bytes")
+    text = prepare(
+        section,
+        vocab_size=257,
+        model_name="tiny",
+        cache=tmp_path / "cache",
+        on_progress=[].append,
+    )
+    size = text.train.num_tokens - 1
+    (batch,) = batches(text.train, 1, seq_len=size, global_batch=1, document_mask=True)
+    assert batch["segments"].max() + 1 == text.train.num_documents
+    (batch,) = evaluation_batches(
+        text.validation, seq_len=10_000, batch=1, document_mask=True
+    )
+    real = batch["segments"][batch["weights"] > 0]
+    assert real.max() + 1 == text.validation.num_documents
+
+
+def test_a_text_without_marks_cannot_be_masked(tokens):
+    with pytest.raises(DataError, match="no end mark.*Leave data.document_mask out"):
+        batches(tokens, 1, document_mask=True)
+    with pytest.raises(DataError, match="no end mark"):
+        next(evaluation_batches(tokens, seq_len=8, batch=1, document_mask=True))
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""Laws of attention, over every implementation; `splash` in Pallas's interpreter."""
+"""Laws of attention, over every implementation; Pallas kernels in its interpreter."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from llmos_jax.errors import ConfigError, LowerError
 from llmos_jax.kernels.attention import (
@@ -64,7 +65,13 @@ def implementation(request: pytest.FixtureRequest) -> str:
     return available(request.param)
 
 
-@pytest.fixture(params=sorted(IMPLEMENTATIONS.keys() - {"splash"}))
+@pytest.fixture(params=sorted(IMPLEMENTATIONS.keys() - {"cpu"}))
+def segmented(request: pytest.FixtureRequest) -> str:
+    """Each implementation that takes segments."""
+    return str(request.param)
+
+
+@pytest.fixture(params=sorted(IMPLEMENTATIONS.keys() - {"splash", "pallas_gpu"}))
 def positioned(request: pytest.FixtureRequest) -> str:
     """Each implementation that takes positions."""
     return available(request.param)
@@ -118,15 +125,17 @@ def assert_close(
         )
 
 
-def definition(q, k, v, position) -> np.ndarray:
+def definition(q, k, v, position, segment=None) -> np.ndarray:
     """Written once more, in float64 and loops."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     B, T, N, H = q.shape
     out, G = np.zeros((B, T, N, H)), N // k.shape[2]
     for b, t, n in np.ndindex(B, T, N):
-        seen = int(position[b, t]) + 1
-        weights = np.exp(k[b, :seen, n // G] @ q[b, t, n] / np.sqrt(H))
-        out[b, t, n] = weights / weights.sum() @ v[b, :seen, n // G]
+        seen = np.arange(int(position[b, t]) + 1)
+        if segment is not None:
+            seen = seen[segment[b, seen] == segment[b, t]]
+        weights = np.exp(k[b, seen, n // G] @ q[b, t, n] / np.sqrt(H))
+        out[b, t, n] = weights / weights.sum() @ v[b, seen, n // G]
     return out
 
 
@@ -183,6 +192,70 @@ def test_sequences_do_not_see_one_another(implementation: str, key: jax.Array) -
     assert_close([x[1:2] for x in together], alone)
 
 
+def documents(shape: tuple[int, ...]) -> np.ndarray:
+    """Documents of 1, 2, 3, ... tokens, numbered from -1; others in each sequence."""
+    B, T = shape[:2]
+    numbers = np.repeat(np.arange(T), np.arange(1, T + 1))
+    rows = [numbers[7 * b : 7 * b + T] for b in range(B)]
+    return np.stack(rows).astype(np.int32) - 1
+
+
+@pytest.mark.parametrize("shape", WHOLE[:3])
+def test_a_query_sees_the_keys_of_its_document(
+    segmented: str, shape: tuple[int, ...], key: jax.Array
+) -> None:
+    q, k, v, _ = inputs(square(shape), key)
+    segment = documents(shape)
+    got = attention(q, k, v, None, jnp.asarray(segment), implementation=segmented)
+    expected = definition(q, k, v, last_positions(square(shape)), segment)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_attend_as_if_alone(segmented: str, key: jax.Array) -> None:
+    arrays = inputs((1, 300, 300, 4, 2, 16), key)
+    segment = jnp.asarray(np.repeat([[4, 9]], [130, 170], axis=1), jnp.int32)
+    attend = functools.partial(attention, implementation=segmented)
+    packed = results(lambda q, k, v: attend(q, k, v, None, segment), *arrays)
+    for document in (slice(0, 130), slice(130, 300)):
+        cut = [x[:, document] for x in arrays]
+        alone = results(lambda q, k, v: attend(q, k, v, None), *cut)
+        assert_close([x[:, document] for x in packed], alone)
+
+
+@pytest.mark.parametrize("shape", WHOLE)
+def test_output_and_gradients_of_documents_equal_the_reference(
+    segmented: str, shape: tuple[int, ...], key: jax.Array
+) -> None:
+    arrays, segment = inputs(square(shape), key), jnp.asarray(documents(shape))
+    cos_sin = angles(*shape[:2], shape[-1], key)
+    got = results(
+        lambda q, k, v: rotary_attention(
+            q, k, v, None, cos_sin, segment, implementation=segmented
+        ),
+        *arrays,
+    )
+    expected = results(
+        lambda q, k, v: reference.attention(
+            rotate(q, cos_sin), rotate(k, cos_sin), v, None, segment
+        ),
+        *arrays,
+    )
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["blocked", "reference"])
+def test_positions_and_documents_hide_keys_together(name: str, key: jax.Array) -> None:
+    shape = WHOLE[1]
+    q, k, v, _ = inputs(square(shape), key)
+    segment = documents(shape)
+    # Later than in its own place, in a document that goes on.
+    position = last_positions(square(shape)) + 2
+    got = attention(q, k, v, position, jnp.asarray(segment), implementation=name)
+    position = np.minimum(position, shape[1] - 1)
+    expected = definition(q, k, v, position, segment)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("where", ["last", "anywhere"])
 @pytest.mark.parametrize("shape", [*SHAPES, *ODD_SHAPES, (1, 600, 1100, 2, 1, 8)])
 def test_output_and_gradients_equal_the_reference(
@@ -222,7 +295,7 @@ def test_rotary_attention_is_rotation_then_attention(
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("name", ["blocked", "reference", "splash"])
+@pytest.mark.parametrize("name", ["blocked", "pallas_gpu", "reference", "splash"])
 def test_bfloat16_is_as_near_as_bfloat16_can_be(name: str, key: jax.Array) -> None:
     shape = (1, 260, 260, 4, 2, 64)
     half = [x.astype(jnp.bfloat16) for x in inputs(shape, key)]
@@ -304,6 +377,7 @@ def count_of(primitive: str, jaxpr: jax.extend.core.Jaxpr) -> int:
     [
         ("blocked", "dot_general", 2, 6),
         ("cpu", "ffi_call", 1, 1),
+        ("pallas_gpu", "pallas_call", 1, 2),
     ],
 )
 def test_a_saved_context_spares_the_forward_pass(
@@ -330,7 +404,9 @@ def test_a_saved_context_spares_the_forward_pass(
         (Target("tpu", 256), 8192, False, "blocked"),
         (Target("tpu", 256), 128, True, "reference"),
         (Target("tpu", 256), 1, False, "reference"),
-        (Target("gpu", 8), 8192, True, "blocked"),
+        (Target("gpu", 8), 8192, True, "pallas_gpu"),
+        (Target("gpu", 8), 8192, False, "blocked"),
+        (Target("gpu", 8), 128, True, "reference"),
         (Target("cpu", 8), 8192, True, "blocked"),
         (Target("cpu", 8), 512, True, "reference"),
         (Target("cpu", 1), 8192, True, "cpu"),
@@ -338,16 +414,68 @@ def test_a_saved_context_spares_the_forward_pass(
 )
 def test_the_target_decides(target: Target, T: int, whole: bool, expected: str) -> None:
     available(expected)
-    x = jax.ShapeDtypeStruct((1, T, 8, 128), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, T, 8, 64), jnp.float32)
     position = None if whole else jax.ShapeDtypeStruct((1, T), jnp.int32)
     with lowered_for(target):
         assert _fastest(x, x, x, position) == expected
 
 
-def test_splash_refuses_positions_and_a_cache(key: jax.Array) -> None:
+@pytest.mark.parametrize(
+    ("H", "dtype", "expected"),
+    [
+        (128, "bfloat16", "pallas_gpu"),
+        (128, "float32", "blocked"),
+        (256, "bfloat16", "blocked"),
+        (8, "float32", "blocked"),
+    ],
+)
+def test_a_gpu_kernel_must_fit_shared_memory(H: int, dtype: str, expected: str) -> None:
+    x = jax.ShapeDtypeStruct((1, 1024, 8, H), jnp.dtype(dtype))
+    with lowered_for(Target("gpu", 1)):
+        assert _fastest(x, x, x, None) == expected
+
+
+@pytest.mark.parametrize("name", ["splash", "pallas_gpu"])
+def test_kernels_for_whole_sequences_refuse_positions_and_a_cache(
+    name: str, key: jax.Array
+) -> None:
     q, k, v, _ = inputs((1, 16, 24, 2, 1, 16), key)
     with pytest.raises(LowerError, match="16 queries, 24 keys and no positions"):
-        attention(q, k, v, None, implementation="splash")
+        attention(q, k, v, None, implementation=name)
+
+
+def test_the_cpu_kernel_leaves_documents_to_others(key: jax.Array) -> None:
+    x = jax.ShapeDtypeStruct((1, 600, 2, 16), jnp.float32)
+    segment = jax.ShapeDtypeStruct((1, 600), jnp.int32)
+    with lowered_for(Target("cpu", 1)):
+        assert _fastest(x, x, x, None, segment) == "blocked"
+    q, k, v, _ = inputs((1, 16, 16, 2, 1, 16), key)
+    with pytest.raises(LowerError, match="knows no documents"):
+        attention(q, k, v, None, jnp.zeros((1, 16), jnp.int32), implementation="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+def test_a_gpu_gets_three_kernels() -> None:
+    checks = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array):
+        return jnp.sum(attention(q, k, v, None, segment).astype(jnp.float32))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    q = jax.ShapeDtypeStruct((2, 1000, 8, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 1000, 2, 128), jnp.bfloat16)
+    segment = jax.ShapeDtypeStruct((2, 1000), jnp.int32)
+    # Some versions of JAX ask which GPU it is; none is here.
+    h100 = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("one",), abstract_device=h100)
+    with lowered_for(Target("gpu", 1)), use_abstract_mesh(mesh):
+        exported = jax.export.export(
+            gradient, platforms=["cuda"], disabled_checks=checks
+        )(q, k, k, segment)
+    text = exported.mlir_module()
+    # Forward; the output times its cotangent; backward.
+    assert text.count("custom_call @__gpu$xla.gpu.triton(") == 3
+    assert "1024x1024x" not in text, "no whole scores"
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,9 @@ def counted(spec, remat):
     def loss(params, tokens):
         cast = {path: x.astype(jnp.bfloat16) for path, x in params.items()}
         model = skeleton.bind(cast)
-        logits = model.logits(model.routed_features(tokens, None, models.Pass(remat=remat))[0])
+        logits = model.logits(
+            model.routed_features(tokens, None, models.Pass(remat=remat))[0]
+        )
         picked = jnp.take_along_axis(logits, tokens[:, :, None], axis=-1)
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked[:, :, 0])
 

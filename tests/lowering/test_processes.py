@@ -1,51 +1,41 @@
-"""Two processes of two devices train as one process does, and hand over to it."""
+"""Several processes train as one process does, and hand over to any other number."""
 
 from __future__ import annotations
 
 import json
 import signal
-import socket
 import time
 
 import numpy as np
 import pytest
 import small
 from conftest import FLOAT32_RELATIVE
+from processes import PATIENCE_S, copy_until, finish, start_many
 
-PATIENCE_S = 180
+MESHES = [
+    pytest.param(2, {"fsdp": 4}, id="2-fsdp4"),
+    pytest.param(2, {"data": 2, "fsdp": 2}, id="2-data2-fsdp2"),
+    pytest.param(2, {"tensor": 4}, id="2-tensor4"),
+    pytest.param(4, {"fsdp": 4, "tensor": 2}, id="4-fsdp4-tensor2"),
+    pytest.param(4, {"data": 8}, id="4-data8"),
+]
+"""(processes of two devices each, pinned mesh): every axis that crosses processes."""
 
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def start_two(texts):
-    words = ["-m", "llmos_jax.train", *small.flags(texts), "--json"]
-    address = f"127.0.0.1:{free_port()}"
-    return [
-        small.start(
-            words,
-            devices=2,
-            JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(index),
-        )
-        for index in range(2)
-    ]
-
-
-def finish(processes):
-    """Wait for all; return what each printed."""
-    try:
-        outputs = [process.communicate(timeout=PATIENCE_S) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    assert codes == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
-    return [json.loads(stdout) for stdout, _ in outputs]
+NOTE_ROWS = """
+import json, os, sys
+from pathlib import Path
+from llmos_jax import train
+from llmos_jax.data import batches
+read, plain = set(), batches.RowSource.__getitem__
+def noted(self, row):
+    read.add(row)
+    return plain(self, row)
+batches.RowSource.__getitem__ = noted
+code = train.main(sys.argv[1:])
+Path(os.environ["ROWS"], os.environ["JAX_PROCESS_ID"]).write_text(json.dumps([*read]))
+sys.exit(code)
+"""
+"""`train`, and a file that says which rows of the text this process read."""
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +43,52 @@ def two(tmp_path_factory, small_model, text_file):
     """A finished run of two processes: its folder and its first process's report."""
     folder = tmp_path_factory.mktemp("two") / "run"
     texts = small.overrides(folder, small_model, text_file)
-    report, silent = finish(start_two(texts))
+    report, silent = finish(start_many(texts))
     assert silent == {}, "only the first process speaks"
     return folder, report
 
 
-def test_two_processes_give_the_losses_of_one(two, small_run):
-    found, wanted = small.losses(two[0]), small.losses(small_run)
+@pytest.fixture(scope="module")
+def four(tmp_path_factory, small_model, text_file):
+    """A finished run of four processes of one device: its folder, and whose rows."""
+    folder = tmp_path_factory.mktemp("four")
+    texts = small.overrides(
+        folder / "run", small_model, text_file, plan__mesh__fsdp=4, plan__mesh__data=1
+    )
+    codes = dict.fromkeys(range(4), NOTE_ROWS)
+    finish(start_many(texts, 4, devices=1, codes=codes, ROWS=str(folder)))
+    rows = [json.loads((folder / str(index)).read_text()) for index in range(4)]
+    return folder / "run", rows
+
+
+@pytest.mark.parametrize("folder", ["two", "four"])
+def test_processes_give_the_losses_of_one(folder, request, small_run):
+    run = request.getfixturevalue(folder)[0]
+    found, wanted = small.losses(run), small.losses(small_run)
     assert len(found) == 20
     np.testing.assert_allclose(found, wanted, rtol=FLOAT32_RELATIVE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "mesh"), MESHES)
+def test_every_mesh_across_processes_gives_the_losses_of_one(
+    count, mesh, tmp_path, small_model, text_file, small_run
+):
+    pins = {f"plan__mesh__{axis}": size for axis, size in mesh.items()}
+    folder = tmp_path / "run"
+    texts = small.overrides(
+        folder, small_model, text_file, train__eval_batches=1, **pins
+    )
+    finish(start_many(texts, count))
+    np.testing.assert_allclose(
+        small.losses(folder), small.losses(small_run), rtol=FLOAT32_RELATIVE
+    )
+
+
+def test_each_process_reads_its_own_rows_alone(four):
+    rows = [set(read) for read in four[1]]
+    assert all(20 * 2 <= len(read) <= 24 * 2 for read in rows), "2 a step, some ahead"
+    assert len(set.union(*rows)) == sum(len(read) for read in rows)
 
 
 def test_two_processes_score_the_text_as_one(two, small_run):
@@ -69,17 +96,32 @@ def test_two_processes_score_the_text_as_one(two, small_run):
     assert two[1]["val_loss"] == pytest.approx(alone["val_loss"], rel=FLOAT32_RELATIVE)
 
 
-def test_one_process_reads_what_two_saved(two, small_run):
-    found, wanted = small.arrays(two[0], 20), small.arrays(small_run, 20)
+@pytest.mark.parametrize("folder", ["two", "four"])
+def test_one_process_reads_what_several_saved(folder, request, small_run):
+    run = request.getfixturevalue(folder)[0]
+    found, wanted = small.arrays(run, 20), small.arrays(small_run, 20)
     for name in wanted:
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-2, atol=1e-5)
 
 
-def test_one_process_goes_on_where_two_stopped(
-    two, small_run, tmp_path, small_model, text_file
+@pytest.mark.parametrize("before", ["two", "four"])
+def test_one_process_goes_on_where_several_stopped(
+    before, request, small_run, tmp_path, small_model, text_file
 ):
-    folder = copy_until(two[0], tmp_path / "run", 10)
+    run = request.getfixturevalue(before)[0]
+    folder = copy_until(run, tmp_path / "run", 10)
     report = small.train(small.overrides(folder, small_model, text_file))
+    assert report["resumed_from"] == 10
+    np.testing.assert_allclose(
+        small.losses(folder), small.losses(small_run), rtol=FLOAT32_RELATIVE
+    )
+
+
+def test_two_processes_go_on_where_four_stopped(
+    four, small_run, tmp_path, small_model, text_file
+):
+    folder = copy_until(four[0], tmp_path / "run", 10)
+    report, _ = finish(start_many(small.overrides(folder, small_model, text_file)))
     assert report["resumed_from"] == 10
     np.testing.assert_allclose(
         small.losses(folder), small.losses(small_run), rtol=FLOAT32_RELATIVE
@@ -91,7 +133,7 @@ def test_two_processes_go_on_where_one_stopped(
     small_run, tmp_path, small_model, text_file
 ):
     folder = copy_until(small_run, tmp_path / "run", 10)
-    report, _ = finish(start_two(small.overrides(folder, small_model, text_file)))
+    report, _ = finish(start_many(small.overrides(folder, small_model, text_file)))
     assert report["resumed_from"] == 10
     np.testing.assert_allclose(
         small.losses(folder), small.losses(small_run), rtol=FLOAT32_RELATIVE
@@ -104,7 +146,7 @@ def test_sigterm_to_one_process_stops_both_at_one_saved_step(
 ):
     folder = tmp_path / "run"
     many = {"train__steps": 100_000, "checkpoint__every": 100_000}
-    processes = start_two(small.overrides(folder, small_model, text_file, **many))
+    processes = start_many(small.overrides(folder, small_model, text_file, **many))
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + PATIENCE_S
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
@@ -116,15 +158,3 @@ def test_sigterm_to_one_process_stops_both_at_one_saved_step(
     assert report["stopped_by"] == "SIGTERM"
     assert (folder / "checkpoints" / str(report["steps"]) / "manifest").is_dir()
     assert len(small.losses(folder)) == report["steps"] < 100_000
-
-
-def copy_until(source, target, step):
-    """A run folder as it was when checkpoint `step` was its latest."""
-    import shutil
-
-    shutil.copytree(source, target)
-    for folder in (target / "checkpoints").iterdir():
-        if folder.name.isdigit() and int(folder.name) > step:
-            shutil.rmtree(folder)
-    (target / "report.json").unlink()
-    return target

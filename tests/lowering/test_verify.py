@@ -184,8 +184,8 @@ def test_a_probe_says_of_tpus_what_the_whole_program_says(six, topology):
 def lowered(chosen, devices):
     mesh = lowering.device_mesh(chosen, devices)
     skeleton = models.skeleton(chosen.params.spec)
-    train = small.config_of([]).train
-    return training.lower_train_step(skeleton, chosen, train, mesh), mesh
+    config = small.config_of([])
+    return training.lower_train_step(skeleton, chosen, config, mesh), mesh
 
 
 def test_what_does_not_fit_says_so_with_the_compilers_figures(small_model):

@@ -6,16 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_table import spec_of, table_of
+from one_way import by_hand
 
 from llmos_jax.hardware import parse_topology
-from llmos_jax.ir import MeshShape, ParamRow, ParamTable, Pins, Way, Workload
+from llmos_jax.ir import ParamRow, ParamTable, Pins, Workload
 from llmos_jax.planner import plan
-from llmos_jax.planner.collectives import links_of
-from llmos_jax.planner.cost import estimate
-from llmos_jax.planner.fitted import Fitted
-from llmos_jax.planner.layout import lay_out
 from llmos_jax.planner.sizes import model_flops, sizes_of
-from llmos_jax.rules import load_rules
 
 PINS = Pins(mesh={"fsdp": 16}, remat="full", microbatches=1)
 WORK = Workload(global_batch=32, seq_len=2048)
@@ -65,29 +61,9 @@ def test_tied_table_counts_as_the_head():
     assert tied == table_of("tiny").num_params
 
 
-IDEAL = Fitted(
-    operands=0,
-    elementwise=0,
-    kept=0,
-    attention=1,
-    grouped=1,
-    quantized=1,
-    hidden_weights=0,
-    hidden_parts=0,
-    hidden_crossing=0,
-    jitter=0,
-)
-"""Everything at the chip's share of peak, nothing hidden: what one can do by hand."""
-
-
 def ideal(model, topology, mesh, work=WORK, **way):
     """The estimate of one way under constants that one can do by hand."""
-    table, machine = table_of(model), parse_topology(topology)
-    sizes, mesh = sizes_of(table), MeshShape(**mesh)
-    layout = lay_out(table, load_rules("llama"), sizes, work, mesh)
-    way, links = Way(mesh=mesh, **way), links_of(machine, mesh)
-    found = estimate(layout, way, {}, links, sizes, machine, work, IDEAL)
-    return found.predicted
+    return by_hand(model, topology, mesh, work, **way).predicted
 
 
 def test_compute_time_of_llama3_8b_by_hand():
@@ -124,16 +100,6 @@ def test_offload_costs_host_time_only_beyond_the_work():
     moved = 2 * 32 * (4096 + 4096) * WORK.tokens / 16 * 2
     assert away.seconds["host"] == pytest.approx(moved / 3.2e10)
     assert away.step_s == kept.step_s and kept.seconds["host"] == 0
-
-
-def test_a_pipeline_waits_at_both_ends():
-    # P = 4 stages, M = 4 microbatches: (M + P - 1) / M = 7/4 of the work.
-    work = Workload(global_batch=64, seq_len=2048)
-    flat = ideal("llama3_8b", "v5p:4x4x4", {"fsdp": 64}, work, remat="full")
-    staged = {"stage": 4, "fsdp": 16}
-    deep = ideal("llama3_8b", "v5p:4x4x4", staged, work, remat="full", microbatches=4)
-    layers = flat.seconds["compute"]
-    assert 1.7 < deep.seconds["compute"] / layers < 2.2  # every stage has the head
 
 
 def test_int8_compute_uses_the_peak_of_int8():

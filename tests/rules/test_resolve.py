@@ -13,6 +13,7 @@ from llama_table import spec_of, table_of
 from llmos_jax.errors import RuleError
 from llmos_jax.ir import MeshShape, ParamRow, ParamTable
 from llmos_jax.rules import check_rules, load_rules, resolve, resolve_activation
+from llmos_jax.rules.resolve import nearest_divisors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LLAMA = load_rules("llama")
@@ -55,6 +56,42 @@ def test_batch_is_split_over_both_of_its_axes():
 def test_dimension_that_does_not_divide_has_both_numbers():
     with pytest.raises(RuleError, match=r"kv_heads = 8 is not divisible by tensor=16"):
         resolve(LLAMA, table_of("llama3_8b"), MeshShape(tensor=16))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshShape(stage=3), "layers = 80 is not divisible by stage=3; nearest: "
+         "stage=2 or stage=4"),
+        (MeshShape(tensor=16), "kv_heads = 8 is not divisible by tensor=16; nearest: "
+         r"tensor=8 \("),
+        (MeshShape(fsdp=3), "embed = 8192 is not divisible by fsdp=3; nearest: fsdp=2 "
+         "or fsdp=4"),
+    ],
+)  # fmt: skip
+def test_dimension_that_does_not_divide_says_what_would(mesh, message):
+    with pytest.raises(RuleError, match=message):
+        resolve(LLAMA, table_of("llama3_70b"), mesh)
+
+
+def test_axes_that_split_together_are_told_together():
+    message = "residual = 96 is not divisible by context=4 x tensor=5; nearest: "
+    with pytest.raises(RuleError, match=message + "context x tensor = 16 or 24"):
+        resolve_activation(LLAMA, ("residual",), (96,), MeshShape(context=4, tensor=5))
+
+
+def test_nearest_ways_of_a_repeated_axis_are_multiples_too():
+    rules = load_rules("llama", "decode")
+    with pytest.raises(RuleError, match="tensor=12; nearest: tensor=8 or tensor=16"):
+        resolve(rules, table_of("llama3_8b"), MeshShape(tensor=12))
+
+
+@given(st.integers(1, 2000), st.integers(1, 3000))
+def test_nearest_divisors_are_the_nearest(size, ways):
+    parts = [part for part in range(1, size + 1) if size % part == 0]
+    below = [part for part in parts if part < ways][-1:]
+    above = [part for part in parts if part > ways][:1]
+    assert nearest_divisors(size, ways) == below + above
 
 
 def test_uneven_replicate_keeps_the_dimension_whole():

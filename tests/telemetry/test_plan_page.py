@@ -51,8 +51,8 @@ COMPILED = {
 }  # fmt: skip
 
 
-def page_of(compiled=None, **changes) -> str:
-    found = plan(table_of("llama3_8b"), "v6e:4x4", WORK, "llama")
+def page_of(compiled=None, pins=None, **changes) -> str:
+    found = plan(table_of("llama3_8b"), "v6e:4x4", WORK, "llama", pins)
     found = replace(found, compiled=compiled, **changes)
     return page_of_plan(
         found,
@@ -131,6 +131,14 @@ def test_drawings_name_themselves_and_take_the_colours_of_the_page(page):
         assert "aria-label=" in drawing
         assert not re.search(r"#[0-9a-f]{6}", drawing)
         assert "nan" not in drawing and "inf%" not in drawing
+
+
+def test_a_plan_says_how_stages_and_keys_take_turns_where_there_are_any():
+    axes = {"stage": 2, "context": 2}
+    pins = Pins(mesh=axes, schedule="1f1b", context_exchange="ring")
+    page = page_of(pins=pins)
+    assert re.search(r"1f1b, bubble \d+%", page) and "ring (passed on" in page
+    assert "bubble" not in page_of() and "keys of others" not in page_of()
 
 
 def test_a_plan_shows_what_was_chosen_and_what_else_would_work():

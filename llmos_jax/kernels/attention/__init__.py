@@ -5,6 +5,15 @@ from llmos_jax.kernels.attention.api import (
     attention,
     rotary_attention,
 )
+from llmos_jax.kernels.attention.context import context_attention, device_order
 from llmos_jax.kernels.attention.reference import CONTEXT, rotate
 
-__all__ = ["CONTEXT", "IMPLEMENTATIONS", "attention", "rotary_attention", "rotate"]
+__all__ = [
+    "CONTEXT",
+    "IMPLEMENTATIONS",
+    "attention",
+    "context_attention",
+    "device_order",
+    "rotary_attention",
+    "rotate",
+]

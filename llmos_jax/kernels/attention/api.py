@@ -8,13 +8,15 @@ suits is picked:
 
 | implementation | where it is picked |
 |---|---|
-| cpu | float32, for one device of this machine's CPU, and a C++ compiler |
+| cpu | float32, no segments, for one device of this machine's CPU, a C++ compiler |
 | splash | for TPUs: whole sequences of at least 256 tokens, 32 <= H <= 256 |
+| pallas_gpu | for GPUs: the same, 16 <= H, and at most 256 bytes of a head |
 | blocked | more than 512 queries |
 | reference | everywhere else |
 
-In a program for many devices `splash` must see one device's part of the arrays, the
-others may: call these functions under `models.per_shard`.
+In a program for many devices `splash` and `pallas_gpu` must see one device's part of
+the arrays, the others may: call these functions under `models.per_shard`. Where
+sequences are split over devices, see `context`.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from types import ModuleType
 
 import jax
 
-from llmos_jax.kernels.attention import blocked, cpu, reference, splash
+from llmos_jax.kernels.attention import blocked, cpu, gpu, reference, splash
 from llmos_jax.kernels.target import current_target
 from llmos_jax.telemetry import log
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "cpu": cpu,
     "splash": splash,
+    "pallas_gpu": gpu,
     "blocked": blocked,
     "reference": reference,
 }
@@ -41,15 +44,16 @@ def attention(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     position_BT: jax.Array | None,
+    segment_BT: jax.Array | None = None,
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Attend each query to the keys at or before its position.
+    """Attend each query to the keys of its document at or before its position.
 
-    Key `s` is visible to a query at position `p` if and only if `s <= p`. In training
-    query `t` stands at `t`; with a KV cache it is where the query stands in the cache.
-    Every query must see a key (`p >= 0`): what comes out for one that sees none is
-    finite, but differs between implementations.
+    Key `s` is visible to a query at position `p` if and only if `s <= p` and both are
+    of one segment. In training query `t` stands at `t`; with a KV cache it is where the
+    query stands in the cache. Every query must see a key: what comes out for one that
+    sees none is finite, but differs between implementations.
 
     The output, and the log-sum-exp where an implementation has one, are named CONTEXT
     for remat policies.
@@ -60,6 +64,8 @@ def attention(
         v_BSKH: values.
         position_BT: int32 position of each query among the S keys. None: query `t` at
             `t`, known to the compiler; some implementations need that.
+        segment_BT: int32 document of each query and, as T = S then, of each key; any
+            numbers but the least one. None: all are of one, as with a KV cache.
         implementation: a name in IMPLEMENTATIONS; None picks the fastest here.
 
     Returns:
@@ -67,10 +73,11 @@ def attention(
     """
     assert q_BTNH.shape[2] % k_BSKH.shape[2] == 0, (q_BTNH.shape, k_BSKH.shape)
     assert k_BSKH.shape == v_BSKH.shape, (k_BSKH.shape, v_BSKH.shape)
-    _check_position(q_BTNH, position_BT)
-    name = implementation or _fastest(q_BTNH, k_BSKH, v_BSKH, position_BT)
+    assert segment_BT is None or k_BSKH.shape[1] == q_BTNH.shape[1], k_BSKH.shape
+    _check_tokens(q_BTNH, position_BT, segment_BT)
+    name = implementation or _fastest(q_BTNH, k_BSKH, v_BSKH, position_BT, segment_BT)
     out_BTNH: jax.Array = IMPLEMENTATIONS[name].attention(
-        q_BTNH, k_BSKH, v_BSKH, position_BT
+        q_BTNH, k_BSKH, v_BSKH, position_BT, segment_BT
     )
     return out_BTNH
 
@@ -81,6 +88,7 @@ def rotary_attention(
     v_BTKH: jax.Array,
     position_BT: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
+    segment_BT: jax.Array | None = None,
     *,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -96,6 +104,7 @@ def rotary_attention(
         position_BT: int32 position of each query among the T keys, or None, as in
             `attention`.
         angles: cos and sin, float32 [B, T, H/2].
+        segment_BT: int32 document of each token, or None, as in `attention`.
         implementation: a name in IMPLEMENTATIONS; None picks the fastest here.
 
     Returns:
@@ -105,22 +114,20 @@ def rotary_attention(
     assert k_BTKH.shape[:2] == (B, T), (q_BTNH.shape, k_BTKH.shape)
     assert k_BTKH.shape == v_BTKH.shape, (k_BTKH.shape, v_BTKH.shape)
     assert N % k_BTKH.shape[2] == 0, (q_BTNH.shape, k_BTKH.shape)
-    _check_position(q_BTNH, position_BT)
+    _check_tokens(q_BTNH, position_BT, segment_BT)
     assert H % 2 == 0, q_BTNH.shape
     assert all(part.shape == (B, T, H // 2) for part in angles), q_BTNH.shape
     cos, sin = (jax.lax.stop_gradient(part) for part in angles)
-    name = implementation or _fastest(q_BTNH, k_BTKH, v_BTKH, position_BT)
+    name = implementation or _fastest(q_BTNH, k_BTKH, v_BTKH, position_BT, segment_BT)
     out_BTNH: jax.Array = IMPLEMENTATIONS[name].rotary_attention(
-        q_BTNH, k_BTKH, v_BTKH, position_BT, (cos, sin)
+        q_BTNH, k_BTKH, v_BTKH, position_BT, (cos, sin), segment_BT
     )
     return out_BTNH
 
 
-def _check_position(q_BTNH: jax.Array, position_BT: jax.Array | None) -> None:
-    assert position_BT is None or position_BT.shape == q_BTNH.shape[:2], (
-        position_BT.shape,
-        q_BTNH.shape,
-    )
+def _check_tokens(q_BTNH: jax.Array, *per_token: jax.Array | None) -> None:
+    for x_BT in per_token:
+        assert x_BT is None or x_BT.shape == q_BTNH.shape[:2], (x_BT, q_BTNH.shape)
 
 
 def _fastest(
@@ -128,14 +135,18 @@ def _fastest(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     position_BT: jax.Array | None,
+    segment_BT: jax.Array | None = None,
 ) -> str:
-    if cpu.suits(q_BTNH, k_BSKH, v_BSKH):
+    if segment_BT is None and cpu.suits(q_BTNH, k_BSKH, v_BSKH):
         reason = cpu.unavailable()
         if reason is None:
             return "cpu"
         _say_once(reason)
-    if current_target().platform == "tpu" and splash.suits(q_BTNH, k_BSKH, position_BT):
+    platform = current_target().platform
+    if platform == "tpu" and splash.suits(q_BTNH, k_BSKH, position_BT):
         return "splash"
+    if platform == "gpu" and gpu.suits(q_BTNH, k_BSKH, position_BT):
+        return "pallas_gpu"
     return "blocked" if blocked.suits(q_BTNH.shape[1]) else "reference"
 
 

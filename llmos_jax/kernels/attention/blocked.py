@@ -22,7 +22,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llmos_jax.kernels.attention.reference import CONTEXT, rotate, whole
+from llmos_jax.kernels.attention.reference import (
+    CONTEXT,
+    MASKED,
+    Segments,
+    above_masked,
+    hide_unseen,
+    part_position,
+    rotate,
+    whole,
+)
 
 BLOCK = 512
 """Rows and columns of a block: 32 heads' scores take 32 MiB for one sequence. Not
@@ -33,6 +42,8 @@ _LANES, _SUBLANES = 128, 8
 
 Arrays: TypeAlias = tuple[jax.Array, ...]
 Pair: TypeAlias = tuple[jax.Array, jax.Array]
+Operands: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array, Segments | None]
+"""q, k, v, positions and segments, in whole blocks."""
 Blocks: TypeAlias = tuple[int, int]
 """Query rows and keys in a block."""
 
@@ -42,22 +53,15 @@ def attention(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     position_BT: jax.Array | None,
+    segment_BT: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.attention`."""
     B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1], k_BSKH.shape[2]
     if position_BT is None:
         position_BT = whole(1, T)
-    # A padded key is at S or later, and no query stands there.
-    position_BT = jnp.minimum(position_BT.astype(jnp.int32), S - 1)
-    blocks = (_block(T, _SUBLANES), _block(S, _LANES))
-    out_BTKGH = _blocked(
-        _pad(q_BTNH.reshape(B, T, K, N // K, H), blocks[0]),
-        _pad(k_BSKH, blocks[1]),
-        _pad(v_BSKH, blocks[1]),
-        _pad(position_BT, blocks[0]),
-        blocks,
-    )
+    segments = None if segment_BT is None else (segment_BT, segment_BT)
+    operands, blocks = _in_blocks(q_BTNH, k_BSKH, v_BSKH, position_BT, segments)
+    out_BTKGH = _blocked(*operands, blocks)
     return out_BTKGH[:, :T].reshape(B, T, N, H)
 
 
@@ -67,10 +71,54 @@ def rotary_attention(
     v_BTKH: jax.Array,
     position_BT: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
+    segment_BT: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.rotary_attention`."""
     q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
-    return attention(q_BTNH, k_BTKH, v_BTKH, position_BT)
+    return attention(q_BTNH, k_BTKH, v_BTKH, position_BT, segment_BT)
+
+
+def forward_part(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segments: Segments | None,
+    *,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """See `reference.forward_part`."""
+    B, T, N, H = q_BTNH.shape
+    position_BT = part_position(T, k_BSKH.shape[1], causal)
+    operands, blocks = _in_blocks(q_BTNH, k_BSKH, v_BSKH, position_BT, segments)
+    out_BTKGH, lse_BKGT = _forward(*operands, blocks)
+    out_BTNH = out_BTKGH[:, :T].reshape(B, T, N, H)
+    return hide_unseen(out_BTNH, lse_BKGT[..., :T].reshape(B, N, T))
+
+
+def backward_part(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    dout_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    mean_BNT: jax.Array,
+    segments: Segments | None,
+    *,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `reference.backward_part`."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1], k_BSKH.shape[2]
+    position_BT = part_position(T, S, causal)
+    operands, blocks = _in_blocks(q_BTNH, k_BSKH, v_BSKH, position_BT, segments)
+    rows = blocks[0]
+    dout_BTKGH = _pad(dout_BTNH.reshape(B, T, K, N // K, H), rows)
+    lse_BKGT, mean_BKGT = (
+        _pad(x.reshape(B, K, N // K, T), rows, axis=3)
+        for x in (above_masked(lse_BNT), mean_BNT)
+    )
+    dq, dk, dv = _backward(*operands, dout_BTKGH, lse_BKGT, mean_BKGT, blocks)
+    return dq[:, :T].reshape(B, T, N, H), dk[:, :S], dv[:, :S]
 
 
 def suits(T: int) -> bool:
@@ -84,21 +132,78 @@ def _block(size: int, multiple: int) -> int:
     return -(-even // multiple) * multiple
 
 
-def _pad(x: jax.Array, block: int) -> jax.Array:
-    """Pad axis 1 with zeros to a multiple of `block`."""
-    missing = -x.shape[1] % block
-    return jnp.pad(x, [(0, missing if i == 1 else 0) for i in range(x.ndim)])
+def _in_blocks(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    position_BT: jax.Array,
+    segments: Segments | None,
+) -> tuple[Operands, Blocks]:
+    """Group heads, and pad to whole blocks."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1], k_BSKH.shape[2]
+    # A padded key is at S or later, and no query stands there.
+    position_BT = jnp.minimum(position_BT.astype(jnp.int32), S - 1)
+    rows, columns = blocks = (_block(T, _SUBLANES), _block(S, _LANES))
+    if segments is not None:
+        segments = _pad(segments[0], rows), _pad(segments[1], columns)
+    operands = (
+        _pad(q_BTNH.reshape(B, T, K, N // K, H), rows),
+        _pad(k_BSKH, columns),
+        _pad(v_BSKH, columns),
+        _pad(position_BT, rows),
+        segments,
+    )
+    return operands, blocks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _pad(x: jax.Array, block: int, *, axis: int = 1) -> jax.Array:
+    """Pad an axis with zeros to a multiple of `block`."""
+    missing = -x.shape[axis] % block
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blocked(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     position_BT: jax.Array,
+    segments: Segments | None,
     blocks: Blocks,
 ) -> jax.Array:
-    return _forward(q_BTKGH, k_BSKH, v_BSKH, position_BT, blocks)[0]
+    return _forward(q_BTKGH, k_BSKH, v_BSKH, position_BT, segments, blocks)[0]
+
+
+def _differentiable(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    position_BT: jax.Array,
+    segments: Segments | None,
+    blocks: Blocks,
+) -> tuple[jax.Array, tuple[Operands, jax.Array, jax.Array]]:
+    """Return the output, and what the backward pass reads."""
+    operands = (q_BTKGH, k_BSKH, v_BSKH, position_BT, segments)
+    out_BTKGH, lse_BKGT = (
+        checkpoint_name(x, CONTEXT) for x in _forward(*operands, blocks)
+    )
+    return out_BTKGH, (operands, out_BTKGH, lse_BKGT)
+
+
+def _gradients(
+    blocks: Blocks,
+    saved: tuple[Operands, jax.Array, jax.Array],
+    dout_BTKGH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+    operands, out_BTKGH, lse_BKGT = saved
+    k_BSKH, v_BSKH = operands[1:3]
+    mean_BKGT = _einsum("BTKGH,BTKGH->BKGT", out_BTKGH, dout_BTKGH)
+    dq, dk, dv = _backward(*operands, dout_BTKGH, lse_BKGT, mean_BKGT, blocks)
+    return dq, dk.astype(k_BSKH.dtype), dv.astype(v_BSKH.dtype), None, None
+
+
+_blocked.defvjp(_differentiable, _gradients)
 
 
 def _forward(
@@ -106,19 +211,20 @@ def _forward(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     position_BT: jax.Array,
+    segments: Segments | None,
     blocks: Blocks,
-) -> tuple[jax.Array, Arrays]:
-    """Return the output, and what the backward pass reads."""
+) -> tuple[jax.Array, jax.Array]:
+    """Return the output and the log-sum-exp [B, K, G, T]."""
     B, T, K, G, H = q_BTKGH.shape
     rows, columns = blocks
 
-    def query_block(_: None, i: jax.Array) -> tuple[None, Arrays]:
+    def query_block(_: None, i: jax.Array) -> tuple[None, Pair]:
         q, position = _slice(q_BTKGH, i, rows), _slice(position_BT, i, rows)
 
         def key_block(j: jax.Array, carry: Arrays) -> Arrays:
             top, total, sums = carry
             k, v = _slice(k_BSKH, j, columns), _slice(v_BSKH, j, columns)
-            scores = _scores(q, k, position, j)
+            scores = _scores(q, k, position, j, _meeting(segments, i, j, blocks))
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
             fade = jnp.exp(top - new_top)
             weights = jnp.exp(scores - new_top[..., None])
@@ -130,7 +236,7 @@ def _forward(
             )
 
         start = (
-            jnp.full((B, K, G, rows), jnp.finfo(jnp.float32).min),
+            jnp.full((B, K, G, rows), MASKED, jnp.float32),
             jnp.zeros((B, K, G, rows), jnp.float32),
             jnp.zeros((B, K, G, rows, H), jnp.float32),
         )
@@ -140,29 +246,41 @@ def _forward(
         return None, (out, top + jnp.log(total))
 
     _, (out, lse) = jax.lax.scan(query_block, None, jnp.arange(T // rows))
-    out_BTKGH = checkpoint_name(jnp.moveaxis(out, 0, 1).reshape(B, T, K, G, H), CONTEXT)
-    lse_BKGT = checkpoint_name(jnp.moveaxis(lse, 0, 3).reshape(B, K, G, T), CONTEXT)
-    return out_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, position_BT, out_BTKGH, lse_BKGT)
+    out_BTKGH = jnp.moveaxis(out, 0, 1).reshape(B, T, K, G, H)
+    return out_BTKGH, jnp.moveaxis(lse, 0, 3).reshape(B, K, G, T)
 
 
 def _backward(
-    blocks: Blocks, saved: Arrays, dout_BTKGH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q_BTKGH, k_BSKH, v_BSKH, position_BT, out_BTKGH, lse_BKGT = saved
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    position_BT: jax.Array,
+    segments: Segments | None,
+    dout_BTKGH: jax.Array,
+    lse_BKGT: jax.Array,
+    mean_BKGT: jax.Array,
+    blocks: Blocks,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return dq in the dtype of q, and dk and dv in float32.
+
+    Args:
+        mean_BKGT: the gradient's mean over a row's weights: its output times `dout`.
+    """
     B, T, K, G, H = q_BTKGH.shape
     rows, columns = blocks
     scale = jnp.float32(H**-0.5)
 
     def query_block(carry: Pair, i: jax.Array) -> tuple[Pair, jax.Array]:
         q, position = _slice(q_BTKGH, i, rows), _slice(position_BT, i, rows)
-        out, dout = _slice(out_BTKGH, i, rows), _slice(dout_BTKGH, i, rows)
+        dout = _slice(dout_BTKGH, i, rows)
         lse = _slice(lse_BKGT, i, rows, axis=3)
-        mean = _einsum("BTKGH,BTKGH->BKGT", out, dout)
+        mean = _slice(mean_BKGT, i, rows, axis=3)
 
         def key_block(j: jax.Array, carry: Arrays) -> Arrays:
             dq, dk_BSKH, dv_BSKH = carry
             k, v = _slice(k_BSKH, j, columns), _slice(v_BSKH, j, columns)
-            weights = jnp.exp(_scores(q, k, position, j) - lse[..., None])
+            scores = _scores(q, k, position, j, _meeting(segments, i, j, blocks))
+            weights = jnp.exp(scores - lse[..., None])
             dweights = _einsum("BTKGH,BSKH->BKGTS", dout, v)
             dscores = weights * (dweights - mean[..., None]) * scale
             dscores = dscores.astype(q.dtype)
@@ -179,25 +297,37 @@ def _backward(
     zeros = jnp.zeros(k_BSKH.shape, jnp.float32)
     steps = jnp.arange(T // rows)
     (dk_BSKH, dv_BSKH), dq = jax.lax.scan(query_block, (zeros, zeros), steps)
-    dq_BTKGH = jnp.moveaxis(dq, 0, 1).reshape(B, T, K, G, H)
-    return dq_BTKGH, dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype), None
+    return jnp.moveaxis(dq, 0, 1).reshape(B, T, K, G, H), dk_BSKH, dv_BSKH
 
 
-_blocked.defvjp(_forward, _backward)
+def _meeting(
+    segments: Segments | None, i: jax.Array, j: jax.Array, blocks: Blocks
+) -> Segments | None:
+    """Segments of query block `i` and of key block `j`."""
+    if segments is None:
+        return None
+    return _slice(segments[0], i, blocks[0]), _slice(segments[1], j, blocks[1])
 
 
 def _scores(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, position_BT: jax.Array, j: jax.Array
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    position_BT: jax.Array,
+    j: jax.Array,
+    segments: Segments | None,
 ) -> jax.Array:
     """Scaled and masked scores [B, K, G, T, S] of one block, in float32."""
     H, S = q_BTKGH.shape[-1], k_BSKH.shape[1]
     scores_BKGTS = _einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH)
     slots = (j * S + jnp.arange(S, dtype=jnp.int32))[None, None, :]
     visible_BTS = slots <= position_BT[:, :, None]
+    if segments is not None:
+        q_segment_BT, k_segment_BS = segments
+        visible_BTS &= q_segment_BT[:, :, None] == k_segment_BS[:, None, :]
     return jnp.where(
         visible_BTS[:, None, None, :, :],
         scores_BKGTS * jnp.float32(H**-0.5),
-        jnp.finfo(jnp.float32).min,
+        jnp.float32(MASKED),
     )
 
 

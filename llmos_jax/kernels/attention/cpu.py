@@ -6,8 +6,8 @@ H head size.
 XLA:CPU writes scores and weights to memory and copies them between layouts; `cpu.cc`
 keeps them in cache and rotates queries and keys while it packs them. It runs on XLA's
 own threads (a custom call through `jax.ffi`) and gives the same bits with any number
-of them. Float32 only, no vmap. The partitioner cannot see inside a custom call and
-would gather its inputs, so `api` picks it only where there is one device.
+of them. Float32 only, no segments, no vmap. The partitioner cannot see inside a custom
+call and would gather its inputs, so `api` picks it only where there is one device.
 
 The source is compiled at first use with $CXX, c++, g++ or clang++ for the CPU that it
 runs on, and kept in the user's cache. LLMOS_CPU_KERNELS=0 turns it off.
@@ -48,12 +48,14 @@ def attention(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     position_BT: jax.Array | None,
+    segment_BT: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.attention`.
 
     Raises:
         LowerError: the kernel cannot be used here, and why.
     """
+    _refuse(segment_BT)
     B, T = q_BTNH.shape[:2]
     if position_BT is None:
         position_BT = whole(B, T)
@@ -67,12 +69,14 @@ def rotary_attention(
     v_BTKH: jax.Array,
     position_BT: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
+    segment_BT: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.rotary_attention`.
 
     Raises:
         LowerError: the kernel cannot be used here, and why.
     """
+    _refuse(segment_BT)
     if position_BT is None:
         position_BT = whole(*q_BTNH.shape[:2])
     return _call(q_BTNH, k_BTKH, v_BTKH, position_BT, *angles)
@@ -115,6 +119,14 @@ def unavailable() -> str | None:
             target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu"
         )
     return None
+
+
+def _refuse(segment_BT: jax.Array | None) -> None:
+    if segment_BT is not None:
+        raise LowerError(
+            "The CPU attention kernel knows no documents (segments). Use "
+            'implementation="blocked".'
+        )
 
 
 def _build() -> Path:

@@ -6,6 +6,8 @@ H head size. The oracle for every other implementation; whole scores are materia
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -17,28 +19,29 @@ Where it is saved, fused implementations do not run forward again in the backwar
 this one must, for it needs the weights.
 """
 
+MASKED = float(jnp.finfo(jnp.float32).min)
+"""The score of a key that is not seen: finite, so that no difference of two is NaN."""
+
+UNSEEN = MASKED / 2
+"""The log-sum-exp of a row that sees no key lies below; that of any other far above."""
+
+Segments: TypeAlias = tuple[jax.Array, jax.Array]
+"""int32 document of each query [B, T] and of each key [B, S]."""
+
 
 def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     position_BT: jax.Array | None,
+    segment_BT: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.attention`."""
     B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1], k_BSKH.shape[2]
     if position_BT is None:
         position_BT = whole(B, T)
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
-    visible_BTS = jnp.arange(S)[None, None, :] <= position_BT[:, :, None]
-    scores_BKGTS = jnp.where(
-        visible_BTS[:, None, None, :, :],
-        scores_BKGTS * jnp.float32(H**-0.5),
-        jnp.finfo(jnp.float32).min,
-    )
+    segments = None if segment_BT is None else (segment_BT, segment_BT)
+    scores_BKGTS = _scores(q_BTNH, k_BSKH, position_BT, segments)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
     return checkpoint_name(out_BTKGH.reshape(B, T, N, H), CONTEXT)
@@ -50,10 +53,83 @@ def rotary_attention(
     v_BTKH: jax.Array,
     position_BT: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
+    segment_BT: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.rotary_attention`."""
     q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
-    return attention(q_BTNH, k_BTKH, v_BTKH, position_BT)
+    return attention(q_BTNH, k_BTKH, v_BTKH, position_BT, segment_BT)
+
+
+def forward_part(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segments: Segments | None,
+    *,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Attend to a part of the keys that the queries see.
+
+    Args:
+        q_BTNH: queries, rotated; scaled by H**-0.5 here.
+        k_BSKH: keys, rotated.
+        v_BSKH: values.
+        segments: a query sees only keys of its own; None: all are of one.
+        causal: query `t` sees keys 0 to `t`, and T = S; else each sees all.
+
+    Returns:
+        The output [B, T, N, H], and the log-sum-exp of the scores, float32 [B, N, T].
+        A query that sees no key has output 0 and a log-sum-exp below UNSEEN.
+    """
+    B, T, N, H = q_BTNH.shape
+    scores_BKGTS = _scores(
+        q_BTNH, k_BSKH, part_position(T, k_BSKH.shape[1], causal), segments
+    )
+    lse_BKGT = jax.nn.logsumexp(scores_BKGTS, axis=-1)
+    weights_BKGTS = jnp.exp(scores_BKGTS - lse_BKGT[..., None]).astype(v_BSKH.dtype)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+    return hide_unseen(out_BTKGH.reshape(B, T, N, H), lse_BKGT.reshape(B, N, T))
+
+
+def backward_part(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    dout_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    mean_BNT: jax.Array,
+    segments: Segments | None,
+    *,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Pull a part's gradients back, given what is known of whole rows.
+
+    Args:
+        q_BTNH: queries, and k_BSKH, v_BSKH, segments, causal: as in `forward_part`.
+        dout_BTNH: the cotangent of the output.
+        lse_BNT: the log-sum-exp over all keys that a query sees, in whatever part.
+        mean_BNT: float32 product of the whole output and its cotangent.
+
+    Returns:
+        The part's gradients of q, k and v, in float32 or the dtype of the inputs.
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1], k_BSKH.shape[2]
+    grouped = (B, T, K, N // K, H)
+    scores_BKGTS = _scores(q_BTNH, k_BSKH, part_position(T, S, causal), segments)
+    lse_BKGT1 = above_masked(lse_BNT).reshape(B, K, N // K, T, 1)
+    weights_BKGTS = jnp.exp(scores_BKGTS - lse_BKGT1)
+    dout_BTKGH = dout_BTNH.reshape(grouped)
+    dweights_BKGTS = _einsum("BTKGH,BSKH->BKGTS", dout_BTKGH, v_BSKH)
+    dweights_BKGTS = dweights_BKGTS - mean_BNT.reshape(B, K, N // K, T, 1)
+    dscores_BKGTS = weights_BKGTS * dweights_BKGTS * jnp.float32(H**-0.5)
+    dscores_BKGTS = dscores_BKGTS.astype(q_BTNH.dtype)
+    weights_BKGTS = weights_BKGTS.astype(dout_BTNH.dtype)
+    return (
+        _einsum("BKGTS,BSKH->BTKGH", dscores_BKGTS, k_BSKH).reshape(B, T, N, H),
+        _einsum("BKGTS,BTKGH->BSKH", dscores_BKGTS, q_BTNH.reshape(grouped)),
+        _einsum("BKGTS,BTKGH->BSKH", weights_BKGTS, dout_BTKGH),
+    )
 
 
 def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -73,3 +149,47 @@ def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 def whole(B: int, T: int) -> jax.Array:
     """int32 [B, T] positions of whole sequences."""
     return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
+
+
+def part_position(T: int, S: int, causal: bool) -> jax.Array:
+    """int32 [1, T] positions among S keys of a part's queries: all see all if full."""
+    assert not causal or T == S, (T, S)
+    return whole(1, T) if causal else jnp.full((1, T), S - 1, jnp.int32)
+
+
+def hide_unseen(out_BTNH: jax.Array, lse_BNT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Make the output 0 where a row sees no key."""
+    seen_BTN = jnp.moveaxis(lse_BNT, 1, 2) > jnp.float32(UNSEEN)
+    return jnp.where(seen_BTN[..., None], out_BTNH, 0), lse_BNT
+
+
+def above_masked(lse_BNT: jax.Array) -> jax.Array:
+    """A log-sum-exp against which masked scores weigh nothing in every row."""
+    return jnp.where(lse_BNT > jnp.float32(UNSEEN), lse_BNT, 0)
+
+
+def _scores(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    position_BT: jax.Array,
+    segments: Segments | None,
+) -> jax.Array:
+    """Scaled and masked scores [B, K, G, T, S] in float32."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1], k_BSKH.shape[2]
+    scores_BKGTS = _einsum(
+        "BTKGH,BSKH->BKGTS", q_BTNH.reshape(B, T, K, N // K, H), k_BSKH
+    )
+    visible_BTS = jnp.arange(S)[None, None, :] <= position_BT[:, :, None]
+    if segments is not None:
+        q_segment_BT, k_segment_BS = segments
+        visible_BTS &= q_segment_BT[:, :, None] == k_segment_BS[:, None, :]
+    return jnp.where(
+        visible_BTS[:, None, None, :, :],
+        scores_BKGTS * jnp.float32(H**-0.5),
+        jnp.float32(MASKED),
+    )
+
+
+def _einsum(formula: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(formula, *operands, preferred_element_type=jnp.float32)

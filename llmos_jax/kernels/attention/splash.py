@@ -25,13 +25,19 @@ No block size here was timed on a TPU.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from llmos_jax.errors import LowerError
-from llmos_jax.kernels.attention.reference import CONTEXT, rotate
+from llmos_jax.kernels.attention.reference import (
+    CONTEXT,
+    Segments,
+    above_masked,
+    hide_unseen,
+    rotate,
+)
 from llmos_jax.kernels.target import current_target
 
 _BLOCKS = (1024, 512, 256, 128)
@@ -39,6 +45,11 @@ _BLOCKS = (1024, 512, 256, 128)
 
 _BLOCK_BYTES = 1024 * 512
 """What one tile of q, k or v may take: 1024 rows of 256 bfloat16."""
+
+_PADDING = -(2**31)
+"""The segment of padding: no document's."""
+
+Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
 SHORTEST = 256
 """Below, whole scores are small: a head's take at most 256 KiB."""
@@ -49,15 +60,14 @@ def attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     position_BT: jax.Array | None,
+    segment_BT: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.attention`.
 
     Raises:
         LowerError: a position was given, or queries and keys are not as many.
     """
-    scale = jnp.float32(q_BTNH.shape[-1] ** -0.5)
-    scaled_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
-    return _attend(scaled_BTNH, k_BTKH, v_BTKH, position_BT)
+    return _attend(_scaled(q_BTNH), k_BTKH, v_BTKH, position_BT, segment_BT)
 
 
 def rotary_attention(
@@ -66,6 +76,7 @@ def rotary_attention(
     v_BTKH: jax.Array,
     position_BT: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
+    segment_BT: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.rotary_attention`.
 
@@ -76,20 +87,103 @@ def rotary_attention(
     scale = jnp.float32(q_BTNH.shape[-1] ** -0.5)
     cos, sin = angles
     q_BTNH = rotate(q_BTNH, (cos * scale, sin * scale))
-    return _attend(q_BTNH, rotate(k_BTKH, angles), v_BTKH, position_BT)
+    return _attend(q_BTNH, rotate(k_BTKH, angles), v_BTKH, position_BT, segment_BT)
+
+
+def forward_part(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segments: Segments | None,
+    *,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """See `reference.forward_part`."""
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    block, kernel = _part_kernel(q_BTNH, S, causal)
+    ids = _segment_ids(segments, q_BTNH.shape[0], T, S, block, causal)
+    names = ("block_sizes", "is_mqa", "mask_function", "mask_value", "interpret")
+
+    def one(q: jax.Array, k: jax.Array, v: jax.Array, ids: Any) -> Pair:
+        out, (lse,) = _kernels()._splash_attention_forward(
+            *(kernel.fwd_mask_info, q, k, v, ids, None),
+            residual_checkpoint_name=None,
+            save_residuals=True,
+            **{name: kernel.kwargs[name] for name in names},
+        )
+        return out, lse
+
+    q, k, v = (_heads_first(x, block) for x in (_scaled(q_BTNH), k_BSKH, v_BSKH))
+    out_BNTH, lse_BNT = jax.vmap(one)(q, k, v, ids)
+    return hide_unseen(_tokens_first(out_BNTH, T), lse_BNT[..., :T])
+
+
+def backward_part(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    dout_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    mean_BNT: jax.Array,
+    segments: Segments | None,
+    *,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `reference.backward_part`."""
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    block, kernel = _part_kernel(q_BTNH, S, causal)
+    ids = _segment_ids(segments, q_BTNH.shape[0], T, S, block, causal)
+    names = ("is_mqa", "mask_function", "mask_value", "interpret")
+    head_minor = kernel.kwargs["block_sizes"].q_layout
+    common = {
+        **{name: kernel.kwargs[name] for name in names},
+        **dict.fromkeys(("q_layout", "k_layout", "v_layout"), head_minor),
+        "bq": block,
+        "bkv": block,
+        "attn_logits_soft_cap": None,
+    }
+
+    def one(
+        q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, *rows: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        dout, lse, mean = rows
+        operands = (q, k, v, ids, None, lse, dout, mean)
+        dq = _kernels()._splash_attention_bwd_dq(
+            *operands, mask_info=kernel.dq_mask_info, **common
+        )
+        _, dk, dv = _kernels()._splash_attention_bwd_dkv(
+            *operands,
+            mask_info=kernel.dkv_mask_info,
+            bkv_compute=block,
+            use_fused_bwd_kernel=False,
+            **common,
+        )
+        return dq, dk, dv
+
+    q, k, v = (_heads_first(x, block) for x in (_scaled(q_BTNH), k_BSKH, v_BSKH))
+    missing = [(0, 0), (0, 0), (0, -T % block)]
+    lse_BNT, mean_BNT = (jnp.pad(x, missing) for x in (above_masked(lse_BNT), mean_BNT))
+    dout_BNTH = _heads_first(dout_BTNH, block)
+    dq, dk, dv = jax.vmap(one)(q, k, v, ids, dout_BNTH, lse_BNT, mean_BNT)
+    # The kernel knows the scaled queries only.
+    return _scaled(_tokens_first(dq, T)), _tokens_first(dk, S), _tokens_first(dv, S)
 
 
 def suits(q_BTNH: jax.Array, k_BSKH: jax.Array, position_BT: jax.Array | None) -> bool:
     """Whether this kernel is the one for these arrays on a TPU."""
-    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    T = q_BTNH.shape[1]
     return (
         position_BT is None
         and k_BSKH.shape[1] == T
         and T >= SHORTEST
-        and H % 16 == 0
-        and 32 <= H <= 256
-        and q_BTNH.dtype == k_BSKH.dtype
+        and takes(q_BTNH, k_BSKH)
     )
+
+
+def takes(q_BTNH: jax.Array, k_BSKH: jax.Array) -> bool:
+    """Whether this kernel is made for heads like these."""
+    H = q_BTNH.shape[3]
+    return H % 16 == 0 and 32 <= H <= 256 and q_BTNH.dtype == k_BSKH.dtype
 
 
 def _attend(
@@ -97,8 +191,10 @@ def _attend(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     position_BT: jax.Array | None,
+    segment_BT: jax.Array | None,
 ) -> jax.Array:
-    T = q_BTNH.shape[1]
+    """Attend; queries come scaled."""
+    B, T, _, H = q_BTNH.shape
     if position_BT is not None or k_BTKH.shape[1] != T:
         raise LowerError(
             "The splash kernel attends whole sequences from position 0; it was given "
@@ -106,14 +202,44 @@ def _attend(
             f"{'no' if position_BT is None else 'their'} positions. "
             'Use implementation="blocked".'
         )
-    block = _block(T, q_BTNH.shape[3] * q_BTNH.dtype.itemsize)
-    padding = [(0, 0), (0, 0), (0, -T % block), (0, 0)]
+    block = _block(T, H * q_BTNH.dtype.itemsize)
+    segments = None if segment_BT is None else (segment_BT, segment_BT)
+    ids = _segment_ids(segments, B, T, T, block, causal=True)
     # Padded keys come after every query; what padded queries see is cut off.
-    q_BNTH, k_BKTH, v_BKTH = (
-        jnp.pad(jnp.moveaxis(x, 1, 2), padding) for x in (q_BTNH, k_BTKH, v_BTKH)
+    operands = [_heads_first(x, block) for x in (q_BTNH, k_BTKH, v_BTKH)]
+    kernel = _kernel(T + -T % block, block)
+    return _tokens_first(jax.vmap(kernel)(*operands, ids), T)
+
+
+def _scaled(q_BTNH: jax.Array) -> jax.Array:
+    scale = jnp.float32(q_BTNH.shape[-1] ** -0.5)
+    return (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
+
+
+def _heads_first(x_BTNH: jax.Array, block: int) -> jax.Array:
+    """[B, N, T, H], with T padded to whole blocks."""
+    padding = [(0, 0), (0, 0), (0, -x_BTNH.shape[1] % block), (0, 0)]
+    return jnp.pad(jnp.moveaxis(x_BTNH, 1, 2), padding)
+
+
+def _tokens_first(x_BNTH: jax.Array, T: int) -> jax.Array:
+    """[B, T, N, H], without padding."""
+    return jnp.moveaxis(x_BNTH[:, :, :T], 2, 1)
+
+
+def _segment_ids(
+    segments: Segments | None, B: int, T: int, S: int, block: int, causal: bool
+) -> Any:
+    """The library's segments, padded; where nothing else hides padded keys, too."""
+    if segments is None:
+        if causal or S % block == 0:
+            return None
+        segments = (jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32))
+    q, kv = (
+        jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)], constant_values=_PADDING)
+        for x in segments
     )
-    out_BNTH = jax.vmap(_kernel(q_BNTH.shape[2], block))(q_BNTH, k_BKTH, v_BKTH)
-    return jnp.moveaxis(out_BNTH[:, :, :T], 2, 1)
+    return _kernels().SegmentIds(q=q, kv=kv)
 
 
 def _block(T: int, row_bytes: int) -> int:
@@ -124,15 +250,40 @@ def _block(T: int, row_bytes: int) -> int:
     return _BLOCKS[-1]
 
 
-def _kernel(T: int, block: int) -> Any:
-    """(q [N, T, H], k [K, T, H], v [K, T, H]) -> [N, T, H]."""
-    # Imported here: Pallas for TPUs takes a second that other platforms need not.
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernels,
+def _part_kernel(q_BTNH: jax.Array, S: int, causal: bool) -> tuple[int, Any]:
+    """The block for T queries and S keys, and a kernel for the mask."""
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    block = _block(min(T, S), H * q_BTNH.dtype.itemsize)
+    kernel = _kernel(T + -T % block, block)
+    if causal:
+        return block, kernel
+    # Without a word about them all blocks are computed and none is masked.
+    everything = kernel.fwd_mask_info._replace(
+        data_next=None, mask_next=None, block_mask=None, q_sequence=None
     )
+    full = type(kernel)(
+        *(everything, everything, everything),
+        **{**kernel.kwargs, "mask_function": None},
+    )
+    return block, full
+
+
+def _kernels() -> Any:
+    # Imported late: Pallas for TPUs takes a second that other platforms need not.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+    )
+
+    return splash_attention_kernel
+
+
+def _kernel(T: int, block: int) -> Any:
+    """(q [N, T, H], k [K, T, H], v [K, T, H], segments) -> [N, T, H]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_mask as masks,
     )
+
+    kernels = _kernels()
 
     def sizes(block: int) -> Any:
         return kernels.BlockSizes(

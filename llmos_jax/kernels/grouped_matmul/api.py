@@ -43,8 +43,10 @@ def grouped_matmul(
     Args:
         x_mK: rows, sorted by group.
         w_EKN: one matrix for each group.
-        sizes_E: int32 rows of each group; zeros are fine. They must add up to m: what
-            comes out for rows beyond differs between implementations.
+        sizes_E: int32 rows of each group; zeros are fine. Where they add up to fewer
+            than m, the rows past them (and their gradients) must be zeros and what
+            comes out for them, both ways, may be anything, NaN too; megablox does not
+            spend time on them.
         implementation: a name in IMPLEMENTATIONS; None picks the fastest here.
 
     Returns:
