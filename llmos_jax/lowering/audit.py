@@ -280,7 +280,7 @@ def _exchange(item: Collective, meant: Meaning) -> str | None:
         item.op == "all-to-all"
         and axes <= meant.gathered
         and sum(array.elements for array in item.arrays) <= meant.tokens * meant.embed
-        and item.count <= 4 * meant.plan.microbatches
+        and item.count <= 4 * meant.ticks
     )
     if is_lookup:
         return None

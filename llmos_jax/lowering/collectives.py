@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -111,7 +111,8 @@ def collectives_of(
                 module, computation, line, times, places, callers, name in fused
             )
             if made is not None and made.axes:
-                found.append(made)
+                own = _own_parts(module, computation, line, made)
+                found.extend(_apart(made, own))
     return tuple(sorted(found, key=lambda item: item.total_bytes, reverse=True))
 
 
@@ -228,8 +229,6 @@ def _collective(
         sliced = _read_in_part(module, computation, line)
         if is_fused and all(sliced):
             op = "reduce-scatter"
-        elif all(_is_own_part(module, computation, name) for name in line.operands):
-            op, sliced = "all-gather", ()
     axes, link = places.spanned(groups)
     return Collective(
         op=op,
@@ -242,6 +241,34 @@ def _collective(
         sliced=sliced,
         is_count_known=times.is_known,
     )
+
+
+def _own_parts(
+    module: Module, computation: Computation, line: Instruction, made: Collective
+) -> tuple[bool, ...]:
+    """Which arrays of a sum are zero but for what a device wrote into its own part."""
+    if made.op != "all-reduce" or line.opcode == "send":
+        return (False,) * len(made.arrays)
+    return tuple(_is_own_part(module, computation, name) for name in line.operands)
+
+
+def _apart(made: Collective, own: tuple[bool, ...]) -> Iterator[Collective]:
+    """A sum whose arrays are own parts is a gather of those; libtpu may sum both in
+    one."""
+    if not any(own):
+        yield made
+        return
+    for op, is_own in (("all-gather", True), ("all-reduce", False)):
+        at = [index for index, one in enumerate(own) if one == is_own]
+        if at:
+            arrays = tuple(made.arrays[index] for index in at)
+            yield replace(
+                made,
+                op=op,
+                arrays=arrays,
+                bytes=sum(array.bytes for array in arrays),
+                sliced=() if is_own else tuple(made.sliced[index] for index in at),
+            )
 
 
 def _payload(computation: Computation, line: Instruction, op: str) -> tuple[Array, ...]:

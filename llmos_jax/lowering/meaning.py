@@ -171,11 +171,16 @@ class Meaning:
         return item.bytes < self.small_bytes or is_ids
 
     @cached_property
-    def passes(self) -> float:
-        """Times that all of a device's layers run in a step, in one direction: once a
-        microbatch; in a pipeline also while it fills and drains."""
+    def ticks(self) -> int:
+        """Times that a device takes something up in a step, in one direction: each
+        microbatch; in a pipeline in every round, and while it fills and drains."""
         way, stages = self.plan.way, self.plan.mesh.stage
-        return way.microbatches + (stages - 1) / way.rounds
+        return way.rounds * way.microbatches + stages - 1
+
+    @cached_property
+    def passes(self) -> float:
+        """Times that all of a device's layers run in a step, in one direction."""
+        return self.ticks / self.plan.way.rounds
 
     def is_activation(self, array: Array) -> bool:
         """Whether an array has the size of some values per local token.

@@ -198,7 +198,7 @@ def ways_of(
         return
     counts = microbatch_counts(mesh.stage, share, pins)
     for (remat, offload), (schedule, rounds), exchange in itertools.product(
-        _policies(topology, pins),
+        _policies(topology, pins, mesh.stage),
         _schedules(mesh.stage, layers, pins),
         _exchanges(mesh.context, pins),
     ):
@@ -256,20 +256,29 @@ def _exchanges(contexts: int, pins: Pins) -> tuple[str, ...]:
     return (pins.context_exchange,) if pins.context_exchange else EXCHANGES
 
 
-def _policies(topology: Topology, pins: Pins) -> list[tuple[str, tuple[str, ...]]]:
-    """(remat, offload) pairs to try."""
+def _policies(
+    topology: Topology, pins: Pins, stages: int
+) -> list[tuple[str, tuple[str, ...]]]:
+    """(remat, offload) pairs to try.
+
+    A pipeline offloads nothing: libtpu 0.0.42 refuses its program ("The async-start
+    expects the shape of operand 0 to match", llama3_8b, v5e:4x4, stage=4 fsdp=4).
+    """
     if pins.remat is not None:
         remat = remat_named(pins.remat)
         tried = {remat: POLICIES.get(remat, ((),))}
     else:
         tried = POLICIES
+    can_offload = topology.chip.vendor != "cpu" and stages == 1
     if pins.offload is not None:
+        if pins.offload and stages > 1:
+            return []
         return [(name, pins.offload) for name in tried if _saves(name, pins.offload)]
     return [
         (name, offload)
         for name, choices in tried.items()
         for offload in choices
-        if not offload or topology.chip.vendor != "cpu"
+        if not offload or can_offload
     ]
 
 

@@ -80,6 +80,12 @@ def _check_schedule(pins: Pins) -> None:
                 f"1. Pin that too, or leave plan.{key} out."
             )
     rounds, stages = pins.rounds, (pins.mesh or {}).get("stage", 1)
+    if pins.offload and stages > 1:
+        raise PlanError(
+            f"plan.offload = {', '.join(pins.offload)} cannot be in a pipeline "
+            f"(stage={stages}): the TPU compiler refuses it. Leave plan.offload out, "
+            "or set plan.mesh.stage=1."
+        )
     if rounds is not None and rounds < 1:
         raise ConfigError(f"plan.rounds = {rounds}; it must be at least 1.")
     if rounds is not None and rounds > 1 and pins.schedule != "circular":

@@ -245,6 +245,17 @@ def test_each_form_counts_once_over_its_axes_with_its_whole_payload(
     assert (found.bytes, found.link) == (num_bytes, "ici")
 
 
+def test_a_sum_of_own_parts_and_of_gradients_is_taken_apart():
+    text = GATHERED_BY_A_SUM.replace(
+        "  ROOT %ar = f32[32]{0} all-reduce(%f), ",
+        "  %g = f32[64]{0} broadcast(%a), dimensions={0}\n"
+        "  ROOT %ar = (f32[32]{0}, f32[64]{0}) all-reduce(%f, %g), ",
+    )
+    found = collectives_of(program(text), fake_mesh(data=2, fsdp=4))
+    said = {item.op: (item.bytes, [a.elements for a in item.arrays]) for item in found}
+    assert said == {"all-gather": (128, [32]), "all-reduce": (256, [64])}
+
+
 def test_a_collective_in_a_loop_counts_every_iteration():
     found = one(LOOP, CONDITION, entry("constant(0)"))
     assert (found.count, found.bytes, found.total_bytes) == (4, 64, 256)

@@ -38,13 +38,12 @@ CASES = {
     "batch.per_device=4 plan.mesh.expert=8",
     "8b-131072-context": "model=llama3_1_8b topology=v5p:4x4x4 batch.seq_len=131072 "
     "batch.global=8",
-    "70b-4-stages": "model=llama3_70b topology=4*v5e:16x16 batch.seq_len=4096 "
-    "batch.global=4096 plan.mesh.stage=4",
+    "70b-4-stages-gpipe": "model=llama3_70b topology=4*v5e:16x16 batch.seq_len=4096 "
+    "batch.global=1024 plan.mesh.stage=4 plan.mesh.data=1 plan.schedule=gpipe",
     "70b-4-stages-1f1b": "model=llama3_70b topology=4*v5e:16x16 batch.seq_len=4096 "
-    "batch.global=4096 plan.mesh.stage=4 plan.schedule=1f1b",
-    "70b-4-stages-circular": "model=llama3_70b topology=4*v5e:16x16 "
-    "batch.seq_len=4096 batch.global=4096 plan.mesh.stage=4 plan.schedule=circular "
-    "plan.rounds=4",
+    "batch.global=1024 plan.mesh.stage=4 plan.mesh.data=1 plan.schedule=1f1b",
+    "70b-4-stages-circular": "model=llama3_70b topology=4*v5e:16x16 batch.seq_len=4096 "
+    "batch.global=1024 plan.mesh.stage=4 plan.mesh.data=1 plan.schedule=circular",
 }
 """Name -> what is asked of `plan`."""
 

@@ -111,9 +111,12 @@ def main() -> int:
 
 
 def rules_for() -> Rules:
-    """The llama rules, and what they do not say: experts and split sequences."""
+    """The llama rules, and what they do not say: experts and split sequences.
+
+    The published programs did not split what goes from block to block over tensor.
+    """
     rules = load_rules("llama")
-    activations = {**rules.activations, "seq": ("context",)}
+    activations = {**rules.activations, "seq": ("context",), "residual": ("context",)}
     batch = rules.activations["batch"]
     if "expert" not in batch:
         activations["batch"] = (*batch, "expert")
