@@ -9,7 +9,7 @@ LlmosError                     exit 1
 ├── LowerError                 exit 1  the compiler, or the devices, said no
 │   └── DoesNotFit             exit 1  it needs more memory than a device has
 ├── CheckpointError            exit 1  a checkpoint missing, damaged or foreign
-│   └── PlanMismatch           exit 1  a checkpoint of another model
+│   └── PlanMismatch           exit 1  a checkpoint of another model or other replicas
 └── TrainingError              exit 1  the run itself: NaN loss, no disk space
 
 The front doors turn any of them into one `error:` line and its exit code; whatever is
@@ -82,7 +82,8 @@ class CheckpointError(LlmosError):
 
 
 class PlanMismatch(CheckpointError):
-    """A checkpoint belongs to another model than the one asked for."""
+    """A checkpoint belongs to another model than the one asked for, or to other
+    replicas."""
 
 
 class TrainingError(LlmosError):

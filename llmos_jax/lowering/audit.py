@@ -232,7 +232,9 @@ def _scatter(item: Collective, meant: Meaning) -> str | None:
         if array.bytes < meant.small_bytes:
             continue
         if axes & meant.batch:
-            fits = meant.is_gradient(array, axes, True) or (
+            fits = meant.is_gradient(array, axes, True)
+            fits = fits or meant.is_padded_gradient(array, axes)
+            fits = fits or (
                 meant.plan.topology.slices > 1 and meant.is_slice_part(array, axes)
             )
         else:

@@ -101,7 +101,7 @@ def collectives_of(
     places = _Places(mesh, slice_index, module.partitions)
     fused = _fused(module)
     started, callers = set(_started(module)), _callers(module)
-    found = []
+    found: list[Collective] = []
     for name, times in module.runs().items():
         computation = module.computations[name]
         for line in computation.instructions.values():

@@ -29,6 +29,10 @@ SMALL_FLOOR = 4096
 TILE = 8 * 128
 """Elements of a tile of TPU memory (the T(8,128) of every layout in the HLO)."""
 
+PADDING = 1 / 16
+"""Most that a dimension of a scattered gradient was seen to grow by is 1/32: 3072 rows
+of llama3_2_3b to 3168, v5p:2x2x2, context=4 fsdp=2. Twice that passes."""
+
 Axes = frozenset[str]
 
 
@@ -222,6 +226,23 @@ class Meaning:
             for done in _subsets(weight.gathered - axes)
             for layers in {1, weight.layers}
         )
+
+    def is_padded_gradient(self, array: Array, axes: Axes) -> bool:
+        """Whether this is one layer's gradient to be scattered over `axes`, with one
+        dimension a little longer: libtpu pads what it scatters (3072 to 3168)."""
+        dims = sorted(n for n in array.dims if n > 1)
+        for weight in self.weights:
+            used = sorted(n for n in weight.used if n > 1)
+            if not axes <= weight.gathered or len(used) != len(dims):
+                continue
+            rest, padded = list(used), list(dims)
+            for n in used:
+                if n in padded:
+                    rest.remove(n)
+                    padded.remove(n)
+            if len(rest) == 1 and rest[0] <= padded[0] <= rest[0] * (1 + PADDING):
+                return True
+        return False
 
     def is_slice_part(self, array: Array, axes: Axes) -> bool:
         """Whether this is (a part of) gradients summed inside slices, then across.

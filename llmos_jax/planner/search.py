@@ -174,6 +174,8 @@ def _keep_divisible(
         idle = [axis for axis, n in mesh.sizes.items() if n > 1 and axis not in useful]
         if idle:
             reason = f"no rule: nothing is split over {idle[0]}={mesh.sizes[idle[0]]}"
+        elif _is_alone(mesh, job) and len(meshes) > 1:
+            reason = "sync: one replica (data=1) has nobody to agree with"
         elif uncovered := _uncovered(mesh, job):
             reason = f"dcn: {uncovered}"
         elif batch % _batch_ways(job.rules, mesh):
@@ -188,6 +190,11 @@ def _keep_divisible(
             continue
         lost.append(Rejected(mesh=str(mesh), reason=reason))
     return kept, lost
+
+
+def _is_alone(mesh: MeshShape, job: Job) -> bool:
+    """Whether replicas are to learn alone, and there is one."""
+    return bool(job.workload.local_steps) and mesh.data == 1
 
 
 def _uncovered(mesh: MeshShape, job: Job) -> str:

@@ -49,6 +49,12 @@ RELATIVE = 1e-5
 """Of the largest entry, in float32: sums of some hundred terms in another order, and a
 polynomial for exp, differ by 2e-6 at most over these shapes."""
 
+SOME_WHOLE = [
+    *WHOLE[:2],
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in WHOLE[2:]),
+]
+"""The larger ones take seconds each where a kernel is interpreted."""
+
 ABSOLUTE = 1e-6
 """Beside entries of about 1: what two equal products may leave where one key is seen
 and the gradients of q and k are 0."""
@@ -150,7 +156,7 @@ def test_attention_is_the_weighted_mean_of_visible_values(
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", WHOLE[:3])
+@pytest.mark.parametrize("shape", SOME_WHOLE[:3])
 def test_without_positions_query_t_stands_at_t(
     implementation: str, shape: tuple[int, ...], key: jax.Array
 ) -> None:
@@ -200,7 +206,7 @@ def documents(shape: tuple[int, ...]) -> np.ndarray:
     return np.stack(rows).astype(np.int32) - 1
 
 
-@pytest.mark.parametrize("shape", WHOLE[:3])
+@pytest.mark.parametrize("shape", SOME_WHOLE[:3])
 def test_a_query_sees_the_keys_of_its_document(
     segmented: str, shape: tuple[int, ...], key: jax.Array
 ) -> None:
@@ -222,7 +228,7 @@ def test_documents_attend_as_if_alone(segmented: str, key: jax.Array) -> None:
         assert_close([x[:, document] for x in packed], alone)
 
 
-@pytest.mark.parametrize("shape", WHOLE)
+@pytest.mark.parametrize("shape", SOME_WHOLE)
 def test_output_and_gradients_of_documents_equal_the_reference(
     segmented: str, shape: tuple[int, ...], key: jax.Array
 ) -> None:
@@ -273,7 +279,7 @@ def test_output_and_gradients_equal_the_reference(
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("shape", WHOLE)
+@pytest.mark.parametrize("shape", SOME_WHOLE)
 def test_rotary_attention_is_rotation_then_attention(
     implementation: str, shape: tuple[int, ...], key: jax.Array
 ) -> None:

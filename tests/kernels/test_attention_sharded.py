@@ -126,7 +126,13 @@ def test_a_mesh_changes_nothing(
         np.testing.assert_allclose(a, b, rtol=0, atol=RELATIVE * scale)
 
 
-@pytest.mark.parametrize("sizes", [{"context": 4, "tensor": 2}, {"context": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"context": 2},
+        pytest.param({"context": 4, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_a_decoder_learns_the_same_where_sequences_are_split(
     tiny: ModelSpec, exchange: str, sizes: dict[str, int], key: jax.Array

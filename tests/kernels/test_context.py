@@ -127,7 +127,9 @@ def assert_split_changes_nothing(
 
 
 @pytest.mark.parametrize("segmented", [False, True], ids=["whole", "documents"])
-@pytest.mark.parametrize("C", [2, 4, 8])
+@pytest.mark.parametrize(
+    "C", [4, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 8))]
+)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_split_sequences_attend_as_on_one_device(
     exchange: str, C: int, segmented: bool, key: jax.Array
@@ -145,6 +147,7 @@ def test_every_implementation_of_parts_may_be_split(
     assert_split_changes_nothing(shape, 2, "ring", implementation, segmented, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", PARTS)
 def test_bfloat16_is_as_near_as_bfloat16_can_be(
     implementation: str, key: jax.Array

@@ -71,7 +71,7 @@ def stop(processes):
     ("victim", "fate"),
     [
         pytest.param(1, "SIGKILL", id="worker-killed"),
-        pytest.param(0, "SIGKILL", id="coordinator-killed"),
+        pytest.param(0, "SIGKILL", id="coordinator-killed", marks=pytest.mark.slow),
         pytest.param(1, "SIGSTOP", id="worker-silent", marks=pytest.mark.slow),
     ],
 )

@@ -18,6 +18,8 @@ MESHES = [
     pytest.param(2, {"tensor": 4}, id="2-tensor4"),
     pytest.param(4, {"fsdp": 4, "tensor": 2}, id="4-fsdp4-tensor2"),
     pytest.param(4, {"data": 8}, id="4-data8"),
+    pytest.param(2, {"stage": 2, "fsdp": 2}, id="2-stage2-fsdp2"),
+    pytest.param(4, {"context": 4, "tensor": 2}, id="4-context4-tensor2"),
 ]
 """(processes of two devices each, pinned mesh): every axis that crosses processes."""
 
@@ -61,7 +63,9 @@ def four(tmp_path_factory, small_model, text_file):
     return folder / "run", rows
 
 
-@pytest.mark.parametrize("folder", ["two", "four"])
+@pytest.mark.parametrize(
+    "folder", [pytest.param("two", marks=pytest.mark.slow), "four"]
+)
 def test_processes_give_the_losses_of_one(folder, request, small_run):
     run = request.getfixturevalue(folder)[0]
     found, wanted = small.losses(run), small.losses(small_run)
@@ -91,12 +95,15 @@ def test_each_process_reads_its_own_rows_alone(four):
     assert len(set.union(*rows)) == sum(len(read) for read in rows)
 
 
+@pytest.mark.slow
 def test_two_processes_score_the_text_as_one(two, small_run):
     alone = json.loads((small_run / "report.json").read_text())
     assert two[1]["val_loss"] == pytest.approx(alone["val_loss"], rel=FLOAT32_RELATIVE)
 
 
-@pytest.mark.parametrize("folder", ["two", "four"])
+@pytest.mark.parametrize(
+    "folder", [pytest.param("two", marks=pytest.mark.slow), "four"]
+)
 def test_one_process_reads_what_several_saved(folder, request, small_run):
     run = request.getfixturevalue(folder)[0]
     found, wanted = small.arrays(run, 20), small.arrays(small_run, 20)
@@ -104,7 +111,9 @@ def test_one_process_reads_what_several_saved(folder, request, small_run):
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-2, atol=1e-5)
 
 
-@pytest.mark.parametrize("before", ["two", "four"])
+@pytest.mark.parametrize(
+    "before", [pytest.param("two", marks=pytest.mark.slow), "four"]
+)
 def test_one_process_goes_on_where_several_stopped(
     before, request, small_run, tmp_path, small_model, text_file
 ):
@@ -117,6 +126,7 @@ def test_one_process_goes_on_where_several_stopped(
     )
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_where_four_stopped(
     four, small_run, tmp_path, small_model, text_file
 ):

@@ -10,6 +10,7 @@ import pytest
 import small
 
 from llmos_jax import driver, lowering, models, training
+from llmos_jax.config import load_config
 from llmos_jax.errors import DoesNotFit, NoFeasiblePlan, PlanError
 from llmos_jax.lowering.program import memory_refused
 from llmos_jax.lowering.verify import PROBE_EFFORT, PROBE_LAYERS, hlo_fingerprint
@@ -278,3 +279,26 @@ def test_what_is_offloaded_leaves_the_chip_for_the_host(six):
     # Rows of 64 elements are padded to 128.
     assert inputs <= moved["host_bytes"] <= 2 * inputs
     assert kept["peak_hbm_bytes"] - moved["peak_hbm_bytes"] > inputs / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "circular"])
+def test_a_pipeline_over_slices_sends_what_it_means_to(schedule):
+    """Compiled for chips that are not here."""
+    pytest.importorskip("libtpu")
+    texts = [
+        "model=qwen3_0_6b",
+        "topology=2*v5e:2x2",
+        "batch.global=16",
+        "batch.seq_len=1024",
+        "plan.mesh.stage=2",
+        "plan.mesh.fsdp=2",
+        "plan.mesh.tensor=2",
+        "plan.microbatches=4",
+        "plan.remat=full",
+        f"plan.schedule={schedule}",
+    ]
+    found = driver.plan(load_config(None, texts).config, verify="compile").compiled
+    assert found["audited"] and not found["unplanned_collectives"]
+    over = {row["op"] for row in found["collectives"] if row["link"] == "dcn"}
+    assert "collective-permute" in over

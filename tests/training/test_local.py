@@ -78,7 +78,16 @@ def together():
 AVERAGED = (*LOCAL, "sync.steps=1", "sync.learning_rate=1", "sync.momentum=0")
 
 
-@pytest.mark.parametrize("mesh", ["data=2 fsdp=4", "data=8", "data=2 fsdp=2 tensor=2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "data=2 fsdp=2 tensor=2",
+        pytest.param("data=2 fsdp=4", marks=pytest.mark.slow),
+        pytest.param("data=8", marks=pytest.mark.slow),
+        pytest.param("data=2 stage=2 fsdp=2", marks=pytest.mark.slow),
+        pytest.param("data=2 context=2 fsdp=2", marks=pytest.mark.slow),
+    ],
+)
 def test_plain_descent_that_agrees_every_step_is_every_step_training(mesh, together):
     """A mean of steps along gradients is a step along their mean."""
     alone = losses_of(session_of(mesh, *SGD, *AVERAGED))

@@ -186,7 +186,7 @@ def under(found, function, in_specs, out_specs):
 def test_tiles_on_a_mesh_give_what_one_device_gives(tiny, mesh, axes, over):
     x_BTD, kernel, targets_BT = inputs(axes)
     x_BTD, targets_BT = jnp.tile(x_BTD, (2, 1, 1)), jnp.tile(targets_BT, (2, 1))
-    found = plan_for(models.skeleton(tiny), mesh, 2 * B, T)
+    found = plan_for(models.skeleton(tiny), mesh, 2 * B, 8)
     spec = resolve_weight(found.rules, axes, kernel.shape, found.mesh)
     rows, stored = jax.P(("data", "fsdp")), jax.P(*spec)
 
