@@ -133,7 +133,7 @@ def _residual_ways(rules: Rules, workload: Workload, mesh: MeshShape) -> int:
     ways = _ways(seq, mesh)
     if workload.phase == "train" and ways > 1 and tokens // ways % 2:
         half = 1 if tokens % 2 else tokens // 2
-        near = nearest_text(_in_order(seq, mesh), half, ways)
+        near = nearest_text(_in_order(seq, mesh), half, ways, False, mesh.num_devices)
         raise RuleError(
             f"seq = {tokens} is not divisible by 2 x {ways}; {near} (each part of a "
             "sequence is a piece of its first half and one of its second)"
@@ -142,7 +142,8 @@ def _residual_ways(rules: Rules, workload: Workload, mesh: MeshShape) -> int:
     shared = _in_order({*seq, *residual, "stage"}, mesh)
     if workload.phase == "train" and tokens % _ways(set(shared), mesh):
         over = " x ".join(f"{axis}={mesh.sizes[axis]}" for axis in shared)
-        near = nearest_text(shared, tokens, _ways(set(shared), mesh))
+        ways = _ways(set(shared), mesh)
+        near = nearest_text(shared, tokens, ways, False, mesh.num_devices)
         raise RuleError(
             f"seq = {tokens} is not divisible by {over}; {near} (stages share the loss "
             "by tokens)"

@@ -272,7 +272,7 @@ def _uncut(mesh: MeshShape, share: int, job: Job) -> str:
         return f"are not divisible by {count} microbatches; nearest: {near}"
     counts = microbatch_counts(mesh.stage, share, job.pins)
     if job.workload.phase == "train" and not counts:
-        near = nearest_text(("stage",), share, mesh.stage)
+        near = nearest_text(("stage",), share, mesh.stage, False, mesh.num_devices)
         return f"do not fill stage={mesh.stage}; {near}"
     return ""
 

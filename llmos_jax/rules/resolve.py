@@ -110,7 +110,11 @@ def nearest_divisors(size: int, ways: int) -> list[int]:
 
 
 def nearest_text(
-    axes: tuple[str, ...], size: int, ways: int, may_repeat: bool = False
+    axes: tuple[str, ...],
+    size: int,
+    ways: int,
+    may_repeat: bool = False,
+    devices: int | None = None,
 ) -> str:
     """Return the ways nearest to `ways` that divide `size`, in words: `nearest:
     stage=2 or stage=4`.
@@ -120,8 +124,9 @@ def nearest_text(
         size: of the dimension.
         ways: that do not divide it.
         may_repeat: whether several devices may hold the same part.
+        devices: of the mesh, which the ways must divide too.
     """
-    near = nearest_divisors(size, ways)
+    near = nearest_divisors(size if devices is None else math.gcd(size, devices), ways)
     if may_repeat and ways > size:
         near = [ways // size * size, (ways // size + 1) * size]
     if len(axes) == 1:
@@ -149,7 +154,8 @@ def _split(
             active = ()
         elif size % ways and not is_repeated:
             over = " x ".join(f"{part}={sizes[part]}" for part in active)
-            near = nearest_text(active, size, ways, axis in rules.repeat)
+            may_repeat = axis in rules.repeat
+            near = nearest_text(active, size, ways, may_repeat, mesh.num_devices)
             raise RuleError(
                 f"{axis} = {size} is not divisible by {over}; {near} ({what}, "
                 f"{locate(rules.source, name, str(axis))})"

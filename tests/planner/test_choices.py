@@ -236,11 +236,11 @@ def test_pins_that_cannot_be_say_what_could(pins, error, message):
     ("topology", "seq", "pins", "message"),
     [
         ("cpu:8", 100, {"context": 8}, "seq = 100 is not divisible by context=8; "
-         "nearest: context=5 or context=10"),
+         r"nearest: context=4 \("),
         ("cpu:8", 100, {"context": 4}, "seq = 100 is not divisible by 2 x 4; nearest: "
-         "context=2 or context=5"),
+         "context=2 "),
         ("cpu:8", 60, {"context": 2, "tensor": 4}, "residual = 60 is not divisible by "
-         "context=2 x tensor=4; nearest: context x tensor = 6 or 10"),
+         "context=2 x tensor=4; nearest: context x tensor = 4 "),
     ],
 )  # fmt: skip
 def test_sequences_that_do_not_divide_say_what_would(topology, seq, pins, message):
@@ -256,7 +256,7 @@ def test_experts_that_do_not_divide_say_what_would():
 
 def test_a_replica_with_too_few_sequences_for_its_stages_is_told():
     message = "3 sequences per replica do not fill stage=2; "
-    with pytest.raises(NoFeasiblePlan, match=message + "nearest: stage=1 or stage=3"):
+    with pytest.raises(NoFeasiblePlan, match=message + "nearest: stage=1"):
         planned("tiny", "cpu:4", 6, 64, mesh(stage=2, fsdp=2))
 
 

@@ -61,12 +61,12 @@ def test_dimension_that_does_not_divide_has_both_numbers():
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (MeshShape(stage=3), "layers = 80 is not divisible by stage=3; nearest: "
-         "stage=2 or stage=4"),
+        (MeshShape(data=16, stage=3), "layers = 80 is not divisible by stage=3; "
+         "nearest: stage=2 or stage=4"),
         (MeshShape(tensor=16), "kv_heads = 8 is not divisible by tensor=16; nearest: "
          r"tensor=8 \("),
-        (MeshShape(fsdp=3), "embed = 8192 is not divisible by fsdp=3; nearest: fsdp=2 "
-         "or fsdp=4"),
+        (MeshShape(data=16, fsdp=3), "embed = 8192 is not divisible by fsdp=3; "
+         "nearest: fsdp=2 or fsdp=4"),
     ],
 )  # fmt: skip
 def test_dimension_that_does_not_divide_says_what_would(mesh, message):
@@ -76,8 +76,9 @@ def test_dimension_that_does_not_divide_says_what_would(mesh, message):
 
 def test_axes_that_split_together_are_told_together():
     message = "residual = 96 is not divisible by context=4 x tensor=5; nearest: "
+    mesh = MeshShape(data=24, context=4, tensor=5)
     with pytest.raises(RuleError, match=message + "context x tensor = 16 or 24"):
-        resolve_activation(LLAMA, ("residual",), (96,), MeshShape(context=4, tensor=5))
+        resolve_activation(LLAMA, ("residual",), (96,), mesh)
 
 
 def test_nearest_ways_of_a_repeated_axis_are_multiples_too():
