@@ -21,17 +21,25 @@ import sys
 import tempfile
 
 REPLICAS, BATCH, SEQ_LEN = 2, 8, 128
-STRATEGIES = {"every step": 0, "local 10": 10, "local 50": 50}
-"""Name -> steps between agreements; 0: every step's gradients are summed."""
+LOCAL = ["sync.strategy=local"]
+GENTLE = ["sync.learning_rate=0.4", "sync.momentum=0.5"]
+STRATEGIES = {
+    "every step": [],
+    "local 10": [*LOCAL, "sync.steps=10"],
+    "local 50": [*LOCAL, "sync.steps=50"],
+    "local 10 gentle": [*LOCAL, "sync.steps=10", *GENTLE],
+}
+"""Name -> what is set: steps between agreements, and the outer optimizer, which is
+DiLoCo's (0.7, momentum 0.9) or a gentler one."""
 
 
-def trained(every: int, steps: int) -> dict[str, float]:
+def trained(name: str, steps: int) -> dict[str, float]:
     """Train with one strategy; figures of its report, and the bytes counted."""
     from llmos_jax import driver
     from llmos_jax.config import load_config
 
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config("quickstart", _settings(every, steps, folder)).config
+        config = load_config("quickstart", _settings(name, steps, folder)).config
         report = driver.train(config)
         counted = _counted(config)
     names = ("val_loss", "val_bits_per_byte", "tokens_seen", "train_s")
@@ -42,7 +50,7 @@ def trained(every: int, steps: int) -> dict[str, float]:
     }
 
 
-def _settings(every: int, steps: int, folder: str) -> list[str]:
+def _settings(name: str, steps: int, folder: str) -> list[str]:
     sets = [
         f"run.dir={folder}",
         f"topology=cpu:{REPLICAS}",
@@ -55,7 +63,7 @@ def _settings(every: int, steps: int, folder: str) -> list[str]:
         f"checkpoint.every={steps}",
         "generate.prompts=[]",
     ]
-    return [*sets, "sync.strategy=local", f"sync.steps={every}"] if every else sets
+    return [*sets, *STRATEGIES[name]]
 
 
 def _counted(config: object) -> float:
@@ -84,7 +92,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=STRATEGIES)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(trained(STRATEGIES[arguments.worker], arguments.steps)))
+        print(json.dumps(trained(arguments.worker, arguments.steps)))
         return
     results = {name: _turn(name, arguments.steps) for name in STRATEGIES}
     print(json.dumps(results) if arguments.json else _table(results))
@@ -103,19 +111,21 @@ def _turn(name: str, steps: int) -> dict[str, float]:
     if done.returncode:
         sys.exit(f"error: {name} failed:\n{(done.stdout + done.stderr)[-2000:]}")
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    note = f"{name:<10}  val_loss {result['val_loss']:.4f}  {result['train_s']:.0f} s"
+    note = f"{name:<15}  val_loss {result['val_loss']:.4f}  {result['train_s']:.0f} s"
     print(note, file=sys.stderr, flush=True)
     return result
 
 
 def _table(results: dict[str, dict[str, float]]) -> str:
     base = results["every step"]
-    rows = ["strategy     bytes/step    counted    less  val_loss  bits/byte   against"]
+    rows = [
+        "strategy         bytes/step    counted    less  val_loss  bits/byte   against"
+    ]
     for name, row in results.items():
         less = base["bytes_per_step"] / row["bytes_per_step"]
         against = row["val_loss"] / base["val_loss"] - 1
         rows.append(
-            f"{name:<11}{row['bytes_per_step']:12.4g}"
+            f"{name:<15}{row['bytes_per_step']:12.4g}"
             f"{row['counted_bytes_per_step']:11.4g}{less:7.0f}x{row['val_loss']:10.4f}"
             f"{row['val_bits_per_byte']:11.4f}{against:+10.2%}"
         )
