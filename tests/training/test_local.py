@@ -265,6 +265,7 @@ def test_a_run_cut_in_a_round_resumes_bit_for_bit(straight, tmp_path, texts):
     assert same(state_at(folder, texts, 20), state_at(straight[0], texts, 20))
 
 
+@pytest.mark.slow
 def test_a_run_that_a_signal_stops_goes_on_as_if_nothing_had_been(
     straight, tmp_path, texts, monkeypatch
 ):
@@ -277,6 +278,7 @@ def test_a_run_that_a_signal_stops_goes_on_as_if_nothing_had_been(
     assert small.losses(folder) == small.losses(straight[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_agrees_first(straight, texts):
     assert apart(state_at(straight[0], texts, 20)) == 0
     clock = small.train([*texts, "train.max_minutes=1e-6", "train.warmup_steps=0"])
