@@ -26,7 +26,7 @@ from llmos_jax.ir.plan import (
     saved_tensors,
 )
 from llmos_jax.ir.report import ReportRow
-from llmos_jax.ir.rules import MESH_AXES, Rules, Spec
+from llmos_jax.ir.rules import MESH_AXES, Rules, Spec, mesh_axes_in
 from llmos_jax.ir.topology import Chip, Topology
 from llmos_jax.ir.workload import Phase, Workload
 
@@ -68,5 +68,6 @@ __all__ = [
     "fidelity_of",
     "fingerprint_of",
     "lock_of",
+    "mesh_axes_in",
     "saved_tensors",
 ]

@@ -20,6 +20,15 @@ Spec = tuple[str | tuple[str, ...] | None, ...]
 form of a jax PartitionSpec without needing jax: `jax.P(*spec)`."""
 
 
+def mesh_axes_in(spec: Spec) -> tuple[str, ...]:
+    """All mesh axes that a Spec names, in its order."""
+    return tuple(
+        axis
+        for entry in spec
+        for axis in ((entry,) if isinstance(entry, str) else entry or ())
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules(Artefact):
     """Each logical axis with the mesh axes that split it, major first."""

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from llmos_jax.ir import ParamRow, Plan
+from llmos_jax.ir import ParamRow, Plan, mesh_axes_in
+from llmos_jax.ir.facts import ticks_of
 from llmos_jax.lowering.collectives import Collective
 from llmos_jax.lowering.hlo import Array
 
@@ -86,8 +88,7 @@ class Meaning:
         for axis, size, entry in zip(
             row.axes, row.shape, self.plan.specs[row.path], strict=True
         ):
-            names = (entry,) if isinstance(entry, str) else tuple(entry or ())
-            names = tuple(name for name in names if self.sizes[name] > 1)
+            names = [name for name in mesh_axes_in((entry,)) if self.sizes[name] > 1]
             part = size // self.ways(set(names) - self.batch)
             split.update(names)
             if axis == "layers":
@@ -178,8 +179,7 @@ class Meaning:
     def ticks(self) -> int:
         """Times that a device takes something up in a step, in one direction: each
         microbatch; in a pipeline in every round, and while it fills and drains."""
-        way, stages = self.plan.way, self.plan.mesh.stage
-        return way.rounds * way.microbatches + stages - 1
+        return ticks_of(self.plan.way)
 
     @cached_property
     def passes(self) -> float:
@@ -230,18 +230,13 @@ class Meaning:
     def is_padded_gradient(self, array: Array, axes: Axes) -> bool:
         """Whether this is one layer's gradient to be scattered over `axes`, with one
         dimension a little longer: libtpu pads what it scatters (3072 to 3168)."""
-        dims = sorted(n for n in array.dims if n > 1)
+        dims = Counter(n for n in array.dims if n > 1)
         for weight in self.weights:
-            used = sorted(n for n in weight.used if n > 1)
-            if not axes <= weight.gathered or len(used) != len(dims):
-                continue
-            rest, padded = list(used), list(dims)
-            for n in used:
-                if n in padded:
-                    rest.remove(n)
-                    padded.remove(n)
-            if len(rest) == 1 and rest[0] <= padded[0] <= rest[0] * (1 + PADDING):
-                return True
+            used = Counter(n for n in weight.used if n > 1)
+            true, padded = [*(used - dims).elements()], [*(dims - used).elements()]
+            if axes <= weight.gathered and len(true) == len(padded) == 1:
+                if true[0] <= padded[0] <= true[0] * (1 + PADDING):
+                    return True
         return False
 
     def is_slice_part(self, array: Array, axes: Axes) -> bool:

@@ -5,6 +5,7 @@ The rules were resolved by the planner; here names become objects, nothing is de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llmos_jax.ir import MESH_AXES, MeshShape, Plan, Spec
+from llmos_jax.ir import MESH_AXES, MeshShape, Plan, Spec, mesh_axes_in
 from llmos_jax.models.annotate import Axes, Stored, annotated_by
 from llmos_jax.rules import resolve_activation, resolve_weight
 
@@ -158,8 +159,11 @@ class MeshSharder:
     def mesh_axes(self, axis: str, size: int, stored: bool) -> tuple[str, ...]:
         """Mesh axes that split an axis of an activation, or of a weight."""
         resolve = resolve_weight if stored else resolve_activation
-        (entry,) = resolve(self.plan.rules, (axis,), (size,), self._shape)
-        return () if entry is None else (entry,) if isinstance(entry, str) else entry
+        return mesh_axes_in(resolve(self.plan.rules, (axis,), (size,), self._shape))
+
+    def ways(self, mesh_axes: tuple[str, ...]) -> int:
+        """Devices along mesh axes."""
+        return math.prod(self.plan.mesh.sizes[axis] for axis in mesh_axes)
 
 
 def _holds_tuples(leaf: tuple[Any, ...]) -> bool:

@@ -57,6 +57,9 @@ class Sharder(Protocol):
     def mesh_axes(self, axis: str, size: int, stored: bool) -> tuple[str, ...]:
         """Mesh axes that split a logical axis of an activation, or of a weight."""
 
+    def ways(self, mesh_axes: tuple[str, ...]) -> int:
+        """Devices along mesh axes."""
+
 
 _sharder: ContextVar[Sharder | None] = ContextVar("sharder", default=None)
 
@@ -127,6 +130,12 @@ def mesh_axes_of(axis: str, size: int, *, stored: bool = False) -> tuple[str, ..
     """
     sharder = _sharder.get()
     return () if sharder is None else sharder.mesh_axes(axis, size, stored)
+
+
+def ways_of(axis: str, size: int) -> int:
+    """Parts into which a logical axis of an activation is split; 1 outside lowering."""
+    sharder = _sharder.get()
+    return 1 if sharder is None else sharder.ways(sharder.mesh_axes(axis, size, False))
 
 
 @contextlib.contextmanager

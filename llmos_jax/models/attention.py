@@ -22,7 +22,7 @@ from llmos_jax.kernels.attention import (
     rotary_attention,
     rotate,
 )
-from llmos_jax.models.annotate import annotate, mesh_axes_of, per_shard
+from llmos_jax.models.annotate import annotate, mesh_axes_of, per_shard, ways_of
 from llmos_jax.models.cache import KVCache, write
 from llmos_jax.models.layers import normal
 from llmos_jax.models.project import project
@@ -56,20 +56,8 @@ def token_order(T: int) -> np.ndarray | None:
 
     There, tokens and all that goes with them (targets, segments) come in this order.
     """
-    if not mesh_axes_of("seq", T):
-        return None
-    return device_order(T, T // _tokens_of_a_device(T))
-
-
-def _tokens_of_a_device(T: int) -> int:
-    """What of [T] a device has: the length of a part that is passed off as whole."""
-    part = jax.eval_shape(
-        lambda x_T: per_shard(
-            lambda part_T: part_T, x_T, in_axes=(("seq",),), out_axes=(None,)
-        ),
-        jax.ShapeDtypeStruct((T,), jnp.int32),
-    )
-    return int(part.shape[0])
+    ways = ways_of("seq", T)
+    return None if ways == 1 else device_order(T, ways)
 
 
 class Attention(nnx.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from llmos_jax.ir import Plan, Spec
+from llmos_jax.ir import Plan, Spec, mesh_axes_in
 from llmos_jax.units import format_bytes
 
 _FLOAT32_BYTES = 4
@@ -40,9 +40,4 @@ def _entry(entry: str | tuple[str, ...] | None) -> str:
 
 def _ways(spec: Spec, plan: Plan) -> int:
     sizes = plan.mesh.sizes
-    names = [
-        axis
-        for entry in spec
-        for axis in ((entry,) if isinstance(entry, str) else entry or ())
-    ]
-    return math.prod(sizes[axis] for axis in names)
+    return math.prod(sizes[axis] for axis in mesh_axes_in(spec))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from llmos_jax.errors import RuleError
 from llmos_jax.ir.params import ParamRow, ParamTable
 from llmos_jax.ir.plan import MeshShape
-from llmos_jax.ir.rules import Rules, Spec
+from llmos_jax.ir.rules import Rules, Spec, mesh_axes_in
 from llmos_jax.ir.workload import Workload
 from llmos_jax.planner.sizes import Sizes
 from llmos_jax.rules import resolve, resolve_activation
@@ -71,9 +71,7 @@ def lay_out(
             does not divide.
     """
     specs = resolve(rules, table, mesh)
-    batch_axes = set(
-        _flat(resolve_activation(rules, ("batch",), (workload.global_batch,), mesh))
-    )
+    batch_axes = _axes_of(rules, "batch", workload.global_batch, mesh)
     token_axes = batch_axes | _axes_of(rules, "seq", workload.seq_len, mesh)
     residual_ways = _residual_ways(rules, workload, mesh)
     # Replicas that take steps alone sum no gradients; what they send is in `traffic`.
@@ -84,7 +82,7 @@ def lay_out(
     sharded = unstaged = gathered_layer = gathered_rest = 0.0
     is_layer_gathered = False
     for row in table.rows:
-        split = _flat(specs[row.path])
+        split = mesh_axes_in(specs[row.path])
         gathered = tuple(
             axis
             for axis in split
@@ -103,7 +101,7 @@ def lay_out(
             sums[summed] = sums.get(summed, 0.0) + part
         if "layers" in row.axes:
             at = row.axes.index("layers")
-            stages = _ways(set(_flat(specs[row.path][at : at + 1])), mesh)
+            stages = _ways(set(mesh_axes_in(specs[row.path][at : at + 1])), mesh)
             gathered_layer += used * stages / row.shape[at]
             is_layer_gathered |= bool(gathered)
         else:
@@ -165,7 +163,7 @@ def _width_axes(rules: Rules, sizes: Sizes, mesh: MeshShape) -> dict[str, Group]
         "embed": sizes.embed,
     }
     return {
-        name: _flat(resolve_activation(rules, (name,), (size,), mesh))
+        name: mesh_axes_in(resolve_activation(rules, (name,), (size,), mesh))
         if name in rules.activations
         else ()
         for name, size in widths.items()
@@ -191,14 +189,14 @@ def _copies(row: ParamRow, spec: Spec, rules: Rules, mesh: MeshShape) -> float:
     copies = 1.0
     for axis, size, entry in zip(row.axes, row.shape, spec, strict=True):
         if axis in rules.repeat:
-            copies *= max(1.0, _ways(set(_flat((entry,))), mesh) / size)
+            copies *= max(1.0, _ways(set(mesh_axes_in((entry,))), mesh) / size)
     return copies
 
 
 def _axes_of(rules: Rules, name: str, size: int, mesh: MeshShape) -> set[str]:
     if name not in rules.activations:
         return set()
-    return set(_flat(resolve_activation(rules, (name,), (size,), mesh)))
+    return set(mesh_axes_in(resolve_activation(rules, (name,), (size,), mesh)))
 
 
 def _expert_axes(row: ParamRow, spec: Spec) -> Group:
@@ -206,15 +204,7 @@ def _expert_axes(row: ParamRow, spec: Spec) -> Group:
     if "experts" not in row.axes:
         return ()
     at = row.axes.index("experts")
-    return _flat(spec[at : at + 1])
-
-
-def _flat(spec: Spec) -> Group:
-    axes: list[str] = []
-    for entry in spec:
-        if entry is not None:
-            axes.extend((entry,) if isinstance(entry, str) else entry)
-    return tuple(axes)
+    return mesh_axes_in(spec[at : at + 1])
 
 
 def _in_order(axes: set[str], mesh: MeshShape) -> Group:

@@ -32,7 +32,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from llmos_jax.config.schema import SyncSection
 from llmos_jax.errors import ConfigError
-from llmos_jax.ir import Plan
+from llmos_jax.ir import Plan, mesh_axes_in
 from llmos_jax.lowering import like_params, named
 from llmos_jax.models import Params, along
 from llmos_jax.training.step import Batch, Metrics, TrainState
@@ -202,7 +202,7 @@ def check_local(plan: Plan) -> None:
             "slices, or set sync.strategy=every_step."
         )
     for path, spec in plan.specs.items():
-        if any(AXIS in _axes(entry) for entry in spec):
+        if AXIS in mesh_axes_in(spec):
             raise ConfigError(
                 f"sync.strategy = local needs whole weights in every replica, and the "
                 f"rules split {path} over data. Take data out of [weights], or set "
@@ -228,11 +228,7 @@ def replica_bytes_per_step(plan: Plan) -> float:
     replicas, sizes = plan.mesh.data, plan.mesh.sizes
     held = 0.0
     for row in plan.params.rows:
-        split = [axis for entry in plan.specs[row.path] for axis in _axes(entry)]
+        split = mesh_axes_in(plan.specs[row.path])
         held += 4 * row.size / math.prod(sizes[axis] for axis in split)
     every = max(plan.workload.local_steps, 1)
     return 2 * (replicas - 1) / replicas * held / every
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else entry

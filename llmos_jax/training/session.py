@@ -116,23 +116,23 @@ class Session:
 
     def batches(self, source: TrainBatches) -> Iterator[Batch]:
         """Global device arrays of each batch of `source`, which reads `rows`."""
+        rows = self.rows
         for local in source:
-            yield self._on_mesh(local, self.rows)
+            yield self._on_mesh(local, rows)
 
     def score(self, params: Params, tokens: TokenFile, limit: int | None) -> Score:
         """Score a text, all of it or its first `limit` batches."""
-        workload = self.plan.workload
+        workload, rows = self.plan.workload, self.rows
         found = evaluation_batches(
             tokens,
             seq_len=workload.seq_len,
             batch=workload.global_batch,
             limit=limit,
-            rows=self.rows,
+            rows=rows,
             document_mask=self.config.data.document_mask,
         )
         return total_score(
-            fetch(self.scorer(params, self._on_mesh(batch, self.rows)))
-            for batch in found
+            fetch(self.scorer(params, self._on_mesh(batch, rows))) for batch in found
         )
 
     def _on_mesh(self, local: dict[str, Any], rows: list[int]) -> Batch:

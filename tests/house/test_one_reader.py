@@ -109,4 +109,5 @@ def test_the_checks_can_fail():
     assert folders_asked_for("F = 'configs'\ndata_folder(F)") == {"configs"}
     assert prints("x = 1\nprint(x)\nconsole.print(x)") == [2]
     assert MACHINE_PATH.search("see /" + "root/thing")
-    assert not MACHINE_PATH.search("runs/work/x, ~/.cache, <run>/" + "root/x")
+    harmless = "runs/{}/x, ~/.cache, <run>/{}/x".format("work", "root")
+    assert not MACHINE_PATH.search(harmless)

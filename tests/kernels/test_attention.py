@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from laws import Attend, assert_near, results
 
 from llmos_jax.errors import ConfigError, LowerError
 from llmos_jax.kernels.attention import (
@@ -45,10 +46,6 @@ ODD_SHAPES = [
 WHOLE = [(2, 16, 4, 2, 8), (1, 150, 6, 2, 20), (2, 65, 4, 4, 32), (1, 1100, 2, 1, 16)]
 """B, T, N, K, H of whole sequences; the last is three blocks of `blocked`."""
 
-RELATIVE = 1e-5
-"""Of the largest entry, in float32: sums of some hundred terms in another order, and a
-polynomial for exp, differ by 2e-6 at most over these shapes."""
-
 SOME_WHOLE = [
     *WHOLE[:2],
     *(pytest.param(shape, marks=pytest.mark.slow) for shape in WHOLE[2:]),
@@ -61,8 +58,6 @@ and the gradients of q and k are 0."""
 
 BFLOAT16_RELATIVE = 2e-2
 """Of the largest entry: weights and output are rounded to 8 bits, two to four times."""
-
-Attend = Callable[..., jax.Array]
 
 
 @pytest.fixture(params=sorted(IMPLEMENTATIONS))
@@ -109,26 +104,7 @@ def angles(B: int, T: int, H: int, key: jax.Array) -> tuple[jax.Array, jax.Array
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def results(attend: Attend, *arrays: jax.Array) -> list[jax.Array]:
-    """The output, and the gradients of q, k and v."""
-
-    @jax.jit
-    def run(*arrays: jax.Array) -> list[jax.Array]:
-        *operands, dout = arrays
-        out, pull = jax.vjp(attend, *operands)
-        return [out, *pull(dout)]
-
-    return run(*arrays)
-
-
-def assert_close(
-    got: list[jax.Array], expected: list[jax.Array], relative: float = RELATIVE
-) -> None:
-    for a, b in zip(got, expected, strict=True):
-        scale = float(jnp.max(jnp.abs(b)))
-        np.testing.assert_allclose(
-            np.asarray(a, np.float32), b, rtol=0, atol=relative * scale + ABSOLUTE
-        )
+assert_close = functools.partial(assert_near, absolute=ABSOLUTE)
 
 
 def definition(q, k, v, position, segment=None) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 from types import ModuleType
 
 import jax
@@ -13,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from laws import RELATIVE, Attend, results
+from laws import assert_near as assert_close
 
 from llmos_jax.ir import EXCHANGES
 from llmos_jax.kernels.attention import (
@@ -26,16 +27,11 @@ from llmos_jax.kernels.attention import (
 from llmos_jax.kernels.attention.context import PARTS
 from llmos_jax.kernels.target import Target, lowered_for
 
-RELATIVE = 1e-5
-"""Of the largest entry, in float32: sums in another order differ by 1e-6 at most."""
-
 BFLOAT16_RELATIVE = 2e-2
 """Of the largest entry: weights, and the output of each visit, have 8 bits."""
 
 SHAPE = (2, 32, 4, 2, 32)
 """B, T, N, K, H."""
-
-Attend = Callable[..., jax.Array]
 
 
 def inputs(shape: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, ...]:
@@ -51,28 +47,6 @@ def documents(B: int, T: int) -> jax.Array:
     ends = np.cumsum(np.arange(5, 5 + T))
     rows = [np.searchsorted(ends, np.arange(b, b + T), side="right") for b in range(B)]
     return jnp.asarray(np.stack(rows), jnp.int32)
-
-
-def results(attend: Attend, *arrays: jax.Array) -> list[jax.Array]:
-    """The output, and the gradients of q, k and v."""
-
-    @jax.jit
-    def run(*arrays: jax.Array) -> list[jax.Array]:
-        *operands, dout = arrays
-        out, pull = jax.vjp(attend, *operands)
-        return [out, *pull(dout)]
-
-    return run(*arrays)
-
-
-def assert_close(
-    got: list[jax.Array], expected: list[jax.Array], relative: float = RELATIVE
-) -> None:
-    for a, b in zip(got, expected, strict=True):
-        scale = float(jnp.max(jnp.abs(b)))
-        np.testing.assert_allclose(
-            np.asarray(a, np.float32), b, rtol=0, atol=relative * scale
-        )
 
 
 def split(

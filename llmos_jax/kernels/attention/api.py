@@ -27,6 +27,7 @@ from types import ModuleType
 import jax
 
 from llmos_jax.kernels.attention import blocked, cpu, gpu, reference, splash
+from llmos_jax.kernels.attention.reference import rotate
 from llmos_jax.kernels.target import current_target
 from llmos_jax.telemetry import log
 
@@ -37,6 +38,10 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "blocked": blocked,
     "reference": reference,
 }
+
+
+ROTATING: dict[str, ModuleType] = {"cpu": cpu, "splash": splash}
+"""Those with a `rotary_attention` of their own: one kernel, or one rounding less."""
 
 
 def attention(
@@ -119,9 +124,16 @@ def rotary_attention(
     assert all(part.shape == (B, T, H // 2) for part in angles), q_BTNH.shape
     cos, sin = (jax.lax.stop_gradient(part) for part in angles)
     name = implementation or _fastest(q_BTNH, k_BTKH, v_BTKH, position_BT, segment_BT)
-    out_BTNH: jax.Array = IMPLEMENTATIONS[name].rotary_attention(
-        q_BTNH, k_BTKH, v_BTKH, position_BT, (cos, sin), segment_BT
-    )
+    out_BTNH: jax.Array
+    if name in ROTATING:
+        out_BTNH = ROTATING[name].rotary_attention(
+            q_BTNH, k_BTKH, v_BTKH, position_BT, (cos, sin), segment_BT
+        )
+    else:
+        q_BTNH, k_BTKH = (rotate(x, (cos, sin)) for x in (q_BTNH, k_BTKH))
+        out_BTNH = IMPLEMENTATIONS[name].attention(
+            q_BTNH, k_BTKH, v_BTKH, position_BT, segment_BT
+        )
     return out_BTNH
 
 

@@ -27,9 +27,10 @@ from llmos_jax.kernels.attention.reference import (
     MASKED,
     Segments,
     above_masked,
+    einsum,
     hide_unseen,
     part_position,
-    rotate,
+    scores,
     whole,
 )
 
@@ -63,19 +64,6 @@ def attention(
     operands, blocks = _in_blocks(q_BTNH, k_BSKH, v_BSKH, position_BT, segments)
     out_BTKGH = _blocked(*operands, blocks)
     return out_BTKGH[:, :T].reshape(B, T, N, H)
-
-
-def rotary_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    position_BT: jax.Array | None,
-    angles: tuple[jax.Array, jax.Array],
-    segment_BT: jax.Array | None = None,
-) -> jax.Array:
-    """See `api.rotary_attention`."""
-    q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
-    return attention(q_BTNH, k_BTKH, v_BTKH, position_BT, segment_BT)
 
 
 def forward_part(
@@ -198,7 +186,7 @@ def _gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
     operands, out_BTKGH, lse_BKGT = saved
     k_BSKH, v_BSKH = operands[1:3]
-    mean_BKGT = _einsum("BTKGH,BTKGH->BKGT", out_BTKGH, dout_BTKGH)
+    mean_BKGT = einsum("BTKGH,BTKGH->BKGT", out_BTKGH, dout_BTKGH)
     dq, dk, dv = _backward(*operands, dout_BTKGH, lse_BKGT, mean_BKGT, blocks)
     return dq, dk.astype(k_BSKH.dtype), dv.astype(v_BSKH.dtype), None, None
 
@@ -224,11 +212,12 @@ def _forward(
         def key_block(j: jax.Array, carry: Arrays) -> Arrays:
             top, total, sums = carry
             k, v = _slice(k_BSKH, j, columns), _slice(v_BSKH, j, columns)
-            scores = _scores(q, k, position, j, _meeting(segments, i, j, blocks))
-            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            both = _meeting(segments, i, j, blocks)
+            block = scores(q, k, position - j * columns, both)
+            new_top = jnp.maximum(top, jnp.max(block, axis=-1))
             fade = jnp.exp(top - new_top)
-            weights = jnp.exp(scores - new_top[..., None])
-            part = _einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v)
+            weights = jnp.exp(block - new_top[..., None])
+            part = einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v)
             return (
                 new_top,
                 total * fade + jnp.sum(weights, axis=-1),
@@ -279,14 +268,15 @@ def _backward(
         def key_block(j: jax.Array, carry: Arrays) -> Arrays:
             dq, dk_BSKH, dv_BSKH = carry
             k, v = _slice(k_BSKH, j, columns), _slice(v_BSKH, j, columns)
-            scores = _scores(q, k, position, j, _meeting(segments, i, j, blocks))
-            weights = jnp.exp(scores - lse[..., None])
-            dweights = _einsum("BTKGH,BSKH->BKGTS", dout, v)
+            both = _meeting(segments, i, j, blocks)
+            block = scores(q, k, position - j * columns, both)
+            weights = jnp.exp(block - lse[..., None])
+            dweights = einsum("BTKGH,BSKH->BKGTS", dout, v)
             dscores = weights * (dweights - mean[..., None]) * scale
             dscores = dscores.astype(q.dtype)
-            dv = _einsum("BKGTS,BTKGH->BSKH", weights.astype(dout.dtype), dout)
-            dk = _einsum("BKGTS,BTKGH->BSKH", dscores, q)
-            dq = dq + _einsum("BKGTS,BSKH->BTKGH", dscores, k)
+            dv = einsum("BKGTS,BTKGH->BSKH", weights.astype(dout.dtype), dout)
+            dk = einsum("BKGTS,BTKGH->BSKH", dscores, q)
+            dq = dq + einsum("BKGTS,BSKH->BTKGH", dscores, k)
             return dq, _add(dk_BSKH, j, dk), _add(dv_BSKH, j, dv)
 
         end = _end(position, k_BSKH.shape[1], columns)
@@ -309,35 +299,9 @@ def _meeting(
     return _slice(segments[0], i, blocks[0]), _slice(segments[1], j, blocks[1])
 
 
-def _scores(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    position_BT: jax.Array,
-    j: jax.Array,
-    segments: Segments | None,
-) -> jax.Array:
-    """Scaled and masked scores [B, K, G, T, S] of one block, in float32."""
-    H, S = q_BTKGH.shape[-1], k_BSKH.shape[1]
-    scores_BKGTS = _einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH)
-    slots = (j * S + jnp.arange(S, dtype=jnp.int32))[None, None, :]
-    visible_BTS = slots <= position_BT[:, :, None]
-    if segments is not None:
-        q_segment_BT, k_segment_BS = segments
-        visible_BTS &= q_segment_BT[:, :, None] == k_segment_BS[:, None, :]
-    return jnp.where(
-        visible_BTS[:, None, None, :, :],
-        scores_BKGTS * jnp.float32(H**-0.5),
-        jnp.float32(MASKED),
-    )
-
-
 def _end(position_BT: jax.Array, S: int, columns: int) -> jax.Array:
     """Key blocks up to the last key that a query sees; one even if it sees none."""
     return jnp.clip(jnp.max(position_BT) // columns + 1, 1, S // columns)
-
-
-def _einsum(formula: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(formula, *operands, preferred_element_type=jnp.float32)
 
 
 def _slice(x: jax.Array, i: jax.Array, block: int, *, axis: int = 1) -> jax.Array:

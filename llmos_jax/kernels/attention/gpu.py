@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llmos_jax.errors import LowerError
-from llmos_jax.kernels.attention.reference import CONTEXT, rotate
+from llmos_jax.kernels.attention.reference import CONTEXT
 from llmos_jax.kernels.target import current_target
 
 _BLOCK = 128
@@ -70,23 +70,6 @@ def attention(
     ids = None if segment_BT is None else _pad(segment_BT)
     out_BTNH = _attend(_pad(q_BTNH), _pad(k_BTNH), _pad(v_BTNH), ids, H**-0.5)
     return out_BTNH[:, :T]
-
-
-def rotary_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    position_BT: jax.Array | None,
-    angles: tuple[jax.Array, jax.Array],
-    segment_BT: jax.Array | None = None,
-) -> jax.Array:
-    """See `api.rotary_attention`.
-
-    Raises:
-        LowerError: a position was given.
-    """
-    q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
-    return attention(q_BTNH, k_BTKH, v_BTKH, position_BT, segment_BT)
 
 
 def suits(q_BTNH: jax.Array, k_BSKH: jax.Array, position_BT: jax.Array | None) -> bool:

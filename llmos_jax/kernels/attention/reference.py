@@ -41,23 +41,10 @@ def attention(
     if position_BT is None:
         position_BT = whole(B, T)
     segments = None if segment_BT is None else (segment_BT, segment_BT)
-    scores_BKGTS = _scores(q_BTNH, k_BSKH, position_BT, segments)
+    scores_BKGTS = scores(_grouped(q_BTNH, k_BSKH), k_BSKH, position_BT, segments)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
     return checkpoint_name(out_BTKGH.reshape(B, T, N, H), CONTEXT)
-
-
-def rotary_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    position_BT: jax.Array | None,
-    angles: tuple[jax.Array, jax.Array],
-    segment_BT: jax.Array | None = None,
-) -> jax.Array:
-    """See `api.rotary_attention`."""
-    q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
-    return attention(q_BTNH, k_BTKH, v_BTKH, position_BT, segment_BT)
 
 
 def forward_part(
@@ -82,9 +69,8 @@ def forward_part(
         A query that sees no key has output 0 and a log-sum-exp below UNSEEN.
     """
     B, T, N, H = q_BTNH.shape
-    scores_BKGTS = _scores(
-        q_BTNH, k_BSKH, part_position(T, k_BSKH.shape[1], causal), segments
-    )
+    position_BT = part_position(T, k_BSKH.shape[1], causal)
+    scores_BKGTS = scores(_grouped(q_BTNH, k_BSKH), k_BSKH, position_BT, segments)
     lse_BKGT = jax.nn.logsumexp(scores_BKGTS, axis=-1)
     weights_BKGTS = jnp.exp(scores_BKGTS - lse_BKGT[..., None]).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
@@ -115,20 +101,20 @@ def backward_part(
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1], k_BSKH.shape[2]
-    grouped = (B, T, K, N // K, H)
-    scores_BKGTS = _scores(q_BTNH, k_BSKH, part_position(T, S, causal), segments)
+    q_BTKGH, position_BT = _grouped(q_BTNH, k_BSKH), part_position(T, S, causal)
+    scores_BKGTS = scores(q_BTKGH, k_BSKH, position_BT, segments)
     lse_BKGT1 = above_masked(lse_BNT).reshape(B, K, N // K, T, 1)
     weights_BKGTS = jnp.exp(scores_BKGTS - lse_BKGT1)
-    dout_BTKGH = dout_BTNH.reshape(grouped)
-    dweights_BKGTS = _einsum("BTKGH,BSKH->BKGTS", dout_BTKGH, v_BSKH)
+    dout_BTKGH = _grouped(dout_BTNH, k_BSKH)
+    dweights_BKGTS = einsum("BTKGH,BSKH->BKGTS", dout_BTKGH, v_BSKH)
     dweights_BKGTS = dweights_BKGTS - mean_BNT.reshape(B, K, N // K, T, 1)
     dscores_BKGTS = weights_BKGTS * dweights_BKGTS * jnp.float32(H**-0.5)
     dscores_BKGTS = dscores_BKGTS.astype(q_BTNH.dtype)
     weights_BKGTS = weights_BKGTS.astype(dout_BTNH.dtype)
     return (
-        _einsum("BKGTS,BSKH->BTKGH", dscores_BKGTS, k_BSKH).reshape(B, T, N, H),
-        _einsum("BKGTS,BTKGH->BSKH", dscores_BKGTS, q_BTNH.reshape(grouped)),
-        _einsum("BKGTS,BTKGH->BSKH", weights_BKGTS, dout_BTKGH),
+        einsum("BKGTS,BSKH->BTKGH", dscores_BKGTS, k_BSKH).reshape(B, T, N, H),
+        einsum("BKGTS,BTKGH->BSKH", dscores_BKGTS, q_BTKGH),
+        einsum("BKGTS,BTKGH->BSKH", weights_BKGTS, dout_BTKGH),
     )
 
 
@@ -168,18 +154,23 @@ def above_masked(lse_BNT: jax.Array) -> jax.Array:
     return jnp.where(lse_BNT > jnp.float32(UNSEEN), lse_BNT, 0)
 
 
-def _scores(
-    q_BTNH: jax.Array,
+def _grouped(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    """[B, T, K, G, H]: query heads by the key/value head they share."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    return q_BTNH.reshape(B, T, K, N // K, H)
+
+
+def scores(
+    q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     position_BT: jax.Array,
     segments: Segments | None,
 ) -> jax.Array:
-    """Scaled and masked scores [B, K, G, T, S] in float32."""
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1], k_BSKH.shape[2]
-    scores_BKGTS = _einsum(
-        "BTKGH,BSKH->BKGTS", q_BTNH.reshape(B, T, K, N // K, H), k_BSKH
-    )
+    """Scaled and masked scores [B, K, G, T, S] in float32; a query sees the keys at or
+    before its position among these."""
+    H, S = q_BTKGH.shape[-1], k_BSKH.shape[1]
+    scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH)
     visible_BTS = jnp.arange(S)[None, None, :] <= position_BT[:, :, None]
     if segments is not None:
         q_segment_BT, k_segment_BS = segments
@@ -191,5 +182,6 @@ def _scores(
     )
 
 
-def _einsum(formula: str, *operands: jax.Array) -> jax.Array:
+def einsum(formula: str, *operands: jax.Array) -> jax.Array:
+    """A product summed in float32."""
     return jnp.einsum(formula, *operands, preferred_element_type=jnp.float32)
