@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Inspect, and print one line per check."""
     parser = arguments_of("doctor", __doc__ or "")
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a run folder, or a checkpoint in one"
+        "model", nargs="?", metavar="MODEL", help="whatever has weights; it is checked"
     )
 
     def answer(arguments: Any) -> Answer:

@@ -8,37 +8,25 @@ imports the floors it needs when it is called, so that `plan` starts without Orb
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from llmos_jax import hardware, planner, rules
-from llmos_jax.config import (
-    BatchSection,
-    PlanSection,
-    RunConfig,
-    SyncSection,
-    load_config,
-    load_model,
-    override_config,
-)
-from llmos_jax.errors import (
-    ConfigError,
-    DoesNotFit,
-    PlanError,
-)
-from llmos_jax.ir import (
-    ModelSpec,
-    Pins,
-    Plan,
-    Topology,
-    Workload,
-)
+from llmos_jax import planner, resolve, rules
+from llmos_jax.config import RunConfig
+from llmos_jax.errors import CheckpointError, DoesNotFit, PlanError
+from llmos_jax.ir import Plan
 from llmos_jax.places import cache_folder
+from llmos_jax.resolve import (
+    open_with_config,
+    origin_of,
+    pins_of,
+    resolve_topology,
+    resolve_workload,
+    spec_of,
+)
 
 if TYPE_CHECKING:
-    from llmos_jax.checkpoint import OpenedCheckpoint
     from llmos_jax.data import PreparedText
     from llmos_jax.models import Skeleton
     from llmos_jax.serving import Sampling
@@ -58,7 +46,7 @@ def plan(config: RunConfig, verify: str = "estimate") -> Plan:
     """
     from llmos_jax import models
 
-    skeleton = models.skeleton(resolve_model(config.model))
+    skeleton = models.skeleton(spec_of(config))
     topology = resolve_topology(config.topology)
     workload = resolve_workload(config, skeleton.spec, topology)
     search = partial(
@@ -164,7 +152,7 @@ def _train(config: RunConfig) -> dict[str, Any]:
     is_first = lowering.is_first_process()
     say = partial(log, enabled=is_first)
 
-    skeleton = models.skeleton(resolve_model(config.model))
+    skeleton = models.skeleton(spec_of(config))
     chosen = plan(config)
     say(chosen.explain())
     folder = training.open_folder(config)
@@ -177,15 +165,23 @@ def _train(config: RunConfig) -> dict[str, Any]:
     if is_first:
         folder.record(config, plan_document(chosen))
 
+    origin = origin_of(config)
     text = data.prepare(
         config.data,
+        own=None if origin is None else origin.tokenizer,
         vocab_size=skeleton.spec.vocab_size,
         model_name=skeleton.spec.name,
         cache=cache_folder(),
         on_progress=say,
     )
-    session = training.open_session(skeleton, chosen, config)
-    outcome = training.conduct(session, text, folder, say=say, is_first=is_first)
+    if text.train.is_chat:
+        say(data.packing_text(text.train, config.batch.seq_len))
+    session = training.open_session(
+        skeleton, chosen, config, is_chat=text.train.is_chat
+    )
+    outcome = training.conduct(
+        session, text, folder, origin=origin, say=say, is_first=is_first
+    )
     score = None
     samples: list[tuple[str, str]] = []
     if outcome.reason != "signal":
@@ -203,31 +199,42 @@ def generate(
     *,
     max_tokens: int,
     sampling: Sampling,
+    is_chat: bool = False,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Checkpoint + prompt -> its continuation; `on_text` sees it as it grows.
+    """Model + prompt -> its continuation; `on_text` sees it as it grows.
 
     It computes in the run's `train.compute_dtype`, which an override may change.
+
+    Args:
+        model: whatever has weights.
+        prompt: text to continue; with `is_chat`, what the user says.
+        is_chat: put the prompt into the model's chat template.
     """
-    from llmos_jax import checkpoint, data, lowering, serving
+    from llmos_jax import data, lowering, serving
 
     lowering.keep_compiled_programs()
-    opened = checkpoint.open_checkpoint(model)
-    config = _config_of(opened, model, overrides)
-    decoder = data.StreamDecoder(opened.tokenizer)
+    opened, config = open_with_config(model, overrides)
+    tokenizer = opened.tokenizer
+    decoder = data.StreamDecoder(tokenizer)
+    if is_chat:
+        said = [{"role": "user", "content": prompt}]
+        prompt_ids = data.chat_prompt_ids(tokenizer, said)
+    else:
+        prompt_ids = data.prompt_ids(tokenizer, prompt)
 
     completion = serving.Generator(
         opened.skeleton, opened.params(), compute_dtype=config.train.compute_dtype
     ).complete(
-        opened.prompt_ids(prompt),
+        prompt_ids,
         max_tokens=max_tokens,
         sampling=sampling.check(),
-        stop_ids=frozenset({opened.tokenizer.eos_id}),
+        stop_ids=tokenizer.stop_ids,
         on_token=lambda token: on_text(decoder.push(token)),
     )
     on_text(decoder.flush() + "\n")
     return {
-        "text": opened.tokenizer.decode(list(completion.token_ids)),
+        "text": tokenizer.decode(list(completion.token_ids)),
         "token_ids": list(completion.token_ids),
         "prompt_tokens": completion.prompt_tokens,
         "tokens_per_s": completion.tokens_per_s,
@@ -235,11 +242,112 @@ def generate(
     }
 
 
+Form = Literal["checkpoint", "hf", "gguf", "peft"]
+Kind = Literal["f32", "f16", "q8_0"]
+
+
+def convert(
+    model: str,
+    out: str,
+    overrides: Sequence[str] = (),
+    *,
+    form: Form | None = None,
+    kind: Kind = "f16",
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Model -> the same model in another form, and how near its logits are.
+
+    Works on the host's CPU, whatever else is here.
+
+    Args:
+        model: whatever has weights; `lora.adapter` may lie over it.
+        out: a new folder, or a GGUF file.
+        overrides: config keys.
+        form: of `out`. None: GGUF by the file's name, else ours of a foreign model and
+            Hugging Face's of ours.
+        kind: of a GGUF file's weights.
+        dtype: of the weights in a folder; None keeps what they are stored in.
+
+    Raises:
+        CheckpointError: the model cannot be read, or what was written is not like it.
+    """
+    import jax
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return _convert(model, out, overrides, form, kind, dtype)
+
+
+def _convert(
+    model: str,
+    out: str,
+    overrides: Sequence[str],
+    form: Form | None,
+    kind: Kind,
+    dtype: str | None,
+) -> dict[str, Any]:
+    from llmos_jax import __version__, checkpoint, interchange, models
+    from llmos_jax.telemetry import log
+
+    opened, _ = open_with_config(model, overrides)
+    form = form or resolve.usual_form(model, out)
+    skeleton, tokenizer = opened.skeleton, opened.tokenizer
+    params = opened.params(dtype=dtype)
+    if form == "peft":
+        interchange.write_adapter(out, skeleton.spec, params, model)
+        return {"model": skeleton.spec.name, "form": form, "out": out}
+    spec, params = interchange.merged(skeleton.spec, params)
+    skeleton = models.skeleton(spec)
+    before = interchange.probe(skeleton, params, tokenizer)
+    log(f"writing {out}")
+    if form == "checkpoint":
+        made_by = {"llmos_jax": __version__, "converted_from": str(model)}
+        checkpoint.save_model(out, skeleton, params, tokenizer, made_by)
+    elif form == "hf":
+        with interchange.ByteProgress(f"writing {out}") as bar:
+            interchange.write_huggingface(
+                out, spec, params, tokenizer, on_progress=bar.update
+            )
+    else:
+        with interchange.ByteProgress(f"writing {out}") as bar:
+            interchange.write_gguf(
+                out, spec, params, tokenizer, kind=kind, on_progress=bar.update
+            )
+    num_params = skeleton.table.num_params
+    del params  # before the other is read: a model is never in memory twice
+    made = resolve.open_model(out)
+    after = interchange.probe(made.skeleton, made.params(), made.tokenizer)
+    alike = interchange.likeness(before, after)
+    is_exact = form != "gguf" or kind == "f32"
+    if alike.same_top1 < (1.0 if is_exact else LIKE_ENOUGH):
+        raise CheckpointError(
+            f"{out} was written and read back, and does not answer as {model} does: "
+            f"the same next token after {alike.same_top1:.1%} of {alike.tokens}, "
+            f"logits off by up to {alike.max_difference:.3g}. Do not use it; this is a "
+            "fault of the conversion."
+        )
+    return {
+        "model": spec.name,
+        "form": form,
+        "out": out,
+        "params": num_params,
+        "checked_tokens": alike.tokens,
+        "max_logit_difference": alike.max_difference,
+        "same_top1": alike.same_top1,
+    }
+
+
+LIKE_ENOUGH = 0.7
+"""Share of next tokens that must stay the same through 8-bit weights, over the probe's
+few dozen tokens. A judgement: SmolLM2 and Gemma 3 keep 95 % and more in Q8_0, a model
+with wrongly permuted weights keeps hardly any."""
+
+
 def evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Checkpoint + text -> perplexity and bits per byte.
+    """Model + text -> perplexity and bits per byte; with `evaluate.against` also how
+    far it is from another model.
 
     The text is `data.test`, else `data.validation`, else the part that the run itself
-    held out; always cut with the tokenizer that the checkpoint carries.
+    held out; always cut with the model's own tokenizer.
     """
     from llmos_jax import lowering
 
@@ -250,20 +358,46 @@ def evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
-    from llmos_jax import checkpoint, data, training
+    from llmos_jax import data, lowering, training
     from llmos_jax.telemetry import log
 
-    opened = checkpoint.open_checkpoint(model)
-    config = _config_of(opened, model, overrides)
+    opened, config = open_with_config(model, overrides)
+    reference = resolve.reference_of(opened, config)
+    tokenizer = opened.tokenizer
     text = data.prepare_scored(
-        config.data, opened.tokenizer, cache=cache_folder(), on_progress=log
+        config.data, tokenizer, cache=cache_folder(), on_progress=log
     )
-    session = training.open_session(opened.skeleton, plan(config), config)
-    params = opened.params(session.param_shardings)
-    score = session.score(params, text, None)
+    chosen = plan(resolve.to_score(config))
+    windows = training.Windows(
+        stride=config.evaluate.stride,
+        begin_id=tokenizer.begin_id if tokenizer.marks.adds_bos else None,
+        document_mask=config.data.document_mask,
+    )
+    dtype, tell = config.train.compute_dtype, training.said_now_and_then(log, "scoring")
+    report: dict[str, Any] = {"model": opened.skeleton.spec.name, "step": opened.step}
+    if reference is None:
+        scorer = training.open_scorer(opened.skeleton, chosen, dtype, windows)
+        params = opened.params(scorer.param_shardings)
+        score = scorer.score(params, text, on_progress=tell)
+    else:
+        scorer = training.open_comparison(
+            opened.skeleton, reference.skeleton, chosen, dtype, windows
+        )
+        like = resolve.on_same_mesh(config, chosen)
+        both = (
+            opened.params(scorer.param_shardings),
+            reference.params(lowering.param_shardings(plan(like), scorer.places.mesh)),
+        )
+        found = training.distance(scorer.sums(text, *both, on_progress=tell))
+        score = found.score
+        report |= {
+            "against": reference.skeleton.spec.name,
+            "kld": found.kld,
+            "same_top1": found.same_top1,
+            "against_perplexity": found.reference.perplexity,
+        }
     return {
-        "model": opened.skeleton.spec.name,
-        "step": opened.step,
+        **report,
         "loss": score.loss,
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte(text.num_bytes),
@@ -275,7 +409,7 @@ def _evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def doctor(model: str | None) -> dict[str, Any]:
-    """This machine (and a checkpoint, if named) -> what works and what does not."""
+    """This machine (and a model, if named) -> what works and what does not."""
     from llmos_jax import lowering
     from llmos_jax.telemetry import environment
 
@@ -284,9 +418,7 @@ def doctor(model: str | None) -> dict[str, Any]:
         "checks": lowering.inspect(),
     }
     if model is not None:
-        from llmos_jax import checkpoint
-
-        report["checkpoint"] = checkpoint.inspect(model)
+        report["checkpoint"] = resolve.inspect(model)
     report["ok"] = all(check["status"] != "fail" for check in report["checks"])
     return report
 
@@ -294,106 +426,6 @@ def doctor(model: str | None) -> dict[str, Any]:
 def plan_document(chosen: Plan) -> dict[str, Any]:
     """plan.json: the keys scripts rely on, and the whole artefact under `artefact`."""
     return {**chosen.summary(), "artefact": chosen.to_json()}
-
-
-def resolve_model(name: str) -> ModelSpec:
-    """A name under configs/models/, a TOML path, a run folder or a checkpoint."""
-    if Path(name).expanduser().is_dir():
-        from llmos_jax.checkpoint import find_checkpoint
-
-        found = find_checkpoint(name)
-        return found.store.manifest(found.step).model
-    return load_model(name)
-
-
-def resolve_topology(name: str | None) -> Topology:
-    """A topology by name, or the devices that are here, as fast as they are."""
-    if name is not None:
-        return hardware.parse_topology(name)
-    from llmos_jax import lowering
-
-    return lowering.measured_topology(lowering.local_topology())
-
-
-def resolve_workload(
-    config: RunConfig, spec: ModelSpec, topology: Topology
-) -> Workload:
-    """The step a config asks for on a machine.
-
-    Raises:
-        ConfigError: a sequence longer than the model's context, a `batch.per_device`
-            that makes no whole batch, or replicas that never agree.
-    """
-    batch = config.batch
-    if batch.seq_len > spec.max_seq_len:
-        raise ConfigError(
-            f"batch.seq_len = {batch.seq_len} is longer than the context of "
-            f"{spec.name} ({spec.max_seq_len}). Set batch.seq_len to at most that."
-        )
-    if batch.global_ is not None:
-        global_batch = float(batch.global_)
-    else:
-        per_device = 1.0 if batch.per_device is None else batch.per_device
-        global_batch = per_device * topology.num_devices
-    if global_batch != round(global_batch):
-        raise ConfigError(
-            f"batch.per_device = {batch.per_device} on {topology.num_devices} devices "
-            f"makes {global_batch:g} sequences, which is no whole number."
-        )
-    step = Workload(
-        phase=config.plan.phase,
-        global_batch=round(global_batch),
-        seq_len=batch.seq_len,
-        compute_dtype=config.train.compute_dtype,
-        optimizer_moments=2 if config.train.optimizer == "adamw" else 0,
-    )
-    if config.sync.strategy == "local" and step.phase == "train":
-        step = replace(step, local_steps=_local_steps(config))
-    if step.phase != "train":
-        goal_ms = config.serve.max_step_ms
-        step = replace(
-            step,
-            param_dtype=config.serve.weight_dtype,
-            kv_dtype=config.serve.kv_dtype,
-            max_step_s=None if goal_ms is None else goal_ms / 1000,
-        )
-    return step.check()
-
-
-def _local_steps(config: RunConfig) -> int:
-    if config.sync.steps < 1:
-        raise ConfigError(
-            f"sync.steps = {config.sync.steps}: replicas that learn alone must agree "
-            "after some number of steps. Set sync.steps to 1 or more."
-        )
-    return config.sync.steps
-
-
-def _config_of(
-    opened: OpenedCheckpoint, model: str, overrides: Sequence[str]
-) -> RunConfig:
-    """The config of a checkpoint's run, freed of what only training needs.
-
-    The devices here may be others than the run had, so its batch, mesh, topology and
-    way of agreeing go; overrides may set them again. A checkpoint away from its run has
-    the defaults.
-    """
-    from llmos_jax import lowering
-
-    source = None if opened.config_path is None else str(opened.config_path)
-    pins = [f"model={model}"]
-    kept = load_config(source, pins).config
-    spec, devices = opened.skeleton.spec, lowering.local_topology().num_devices
-    freed = replace(
-        kept,
-        topology=None,
-        plan=PlanSection(),
-        sync=SyncSection(),
-        batch=BatchSection(
-            seq_len=min(kept.batch.seq_len, spec.max_seq_len), global_=8 * devices
-        ),
-    )
-    return override_config(freed, overrides)
 
 
 def _samples(
@@ -421,20 +453,9 @@ def _samples(
                     text.tokenizer.encode(prompt),
                     max_tokens=wanted.max_tokens,
                     sampling=sampling,
-                    stop_ids=frozenset({text.tokenizer.eos_id}),
+                    stop_ids=text.tokenizer.stop_ids,
                 ).token_ids
             ),
         )
         for prompt in wanted.prompts
     ]
-
-
-def pins_of(config: RunConfig) -> Pins:
-    """The decisions that a config makes by hand."""
-    known = {field.name for field in fields(Pins)}
-    asked = {
-        field.name: getattr(config.plan, field.name)
-        for field in fields(config.plan)
-        if field.name in known
-    }
-    return Pins(**{**asked, "mesh": config.plan.mesh or None})

@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--chat", action="store_true", help="put the prompt into the chat template"
+    )
 
     def answer(arguments: Any) -> Answer:
         from llmos_jax.serving import Sampling
@@ -46,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 top_p=arguments.top_p,
                 seed=arguments.seed,
             ),
+            is_chat=arguments.chat,
             on_text=hear,
         )
         return Answer(text="", json=report)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmos_jax import driver, hardware, planner, questions
+from llmos_jax import driver, hardware, planner, questions, resolve
 from llmos_jax.cli import Answer, add_config, arguments_of, run_verb
 from llmos_jax.cli.arguments import Arguments
 from llmos_jax.config import RunConfig, load_config
@@ -114,7 +114,7 @@ def _one_plan(arguments: Any) -> Answer:
         _write("--html", arguments.html, questions.plan_page(config, chosen))
     if arguments.json:
         return Answer(text="", json=chosen.summary(), failure=_unmeant(chosen))
-    text = planner.explain(chosen, driver.pins_of(config))
+    text = planner.explain(chosen, resolve.pins_of(config))
     if arguments.params:
         text += "\n\n" + planner.explain_params(chosen)
     return Answer(text=text, json={}, failure=_unmeant(chosen))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmos_jax import driver, hardware, planner, rules
+from llmos_jax import driver, hardware, planner, resolve, rules
 from llmos_jax.config import (
     RunConfig,
     load_config,
@@ -42,7 +42,7 @@ def frontier(
             "--topology any compares slices on one global batch, and batch.per_device "
             "means another batch on every slice. Set it: --set batch.global=256."
         )
-    spec = driver.resolve_model(config.model)
+    spec = resolve.spec_of(config)
     machines = [
         machine
         for name in chips
@@ -55,13 +55,13 @@ def frontier(
     cost = load_prices(prices)
     for name in cost.usd_per_chip_hour:
         hardware.chip(name)
-    workload = driver.resolve_workload(config, spec, machines[0])
+    workload = resolve.resolve_workload(config, spec, machines[0])
     return planner.frontier(
         models.param_table(spec),
         machines,
         workload,
         rules.load_rules(config.rules or spec.family, workload.phase),
-        driver.pins_of(config),
+        resolve.pins_of(config),
         cost,
         on_progress,
     )
@@ -112,7 +112,7 @@ def check(name: str, verify: str | None = None) -> planner.Recheck:
 
 def plan_page(config: RunConfig, chosen: Plan) -> str:
     """A config and its plan -> one page of HTML, with what lies around the choice."""
-    around = planner.neighbours(chosen, driver.pins_of(config))
+    around = planner.neighbours(chosen, resolve.pins_of(config))
     return page_of_plan(
         chosen,
         budget_bytes=planner.budget(chosen.topology),

@@ -6,7 +6,12 @@ from llmos_jax.checkpoint.manifest import (
     check_same_model,
     check_same_replicas,
 )
-from llmos_jax.checkpoint.opened import OpenedCheckpoint, inspect, open_checkpoint
+from llmos_jax.checkpoint.opened import (
+    OpenedCheckpoint,
+    inspect,
+    open_checkpoint,
+    save_model,
+)
 from llmos_jax.checkpoint.store import CheckpointStore, require_space
 
 __all__ = [
@@ -20,4 +25,5 @@ __all__ = [
     "inspect",
     "open_checkpoint",
     "require_space",
+    "save_model",
 ]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from llmos_jax.checkpoint.find import Found, find_checkpoint
-from llmos_jax.checkpoint.store import CheckpointStore
+from llmos_jax.checkpoint.manifest import Manifest
+from llmos_jax.checkpoint.store import CheckpointStore, require_space
 from llmos_jax.data import Tokenizer
 from llmos_jax.errors import CheckpointError, ConfigError
 from llmos_jax.models import Params, Skeleton, skeleton
@@ -31,24 +31,24 @@ class OpenedCheckpoint:
         path = self.store.folder.parent / "config.toml"
         return path if path.is_file() else None
 
-    def params(self, shardings: dict[str, Any] | None = None) -> Params:
-        """Read the parameters onto `shardings` (by path), or onto the first device."""
+    def params(
+        self, shardings: dict[str, Any] | None = None, *, dtype: str | None = None
+    ) -> Params:
+        """Read parameters onto `shardings` (by path; only those), or all of them onto
+        the first device; in `dtype`, or as they are stored."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        stored = self.store.param_dtypes(self.step) if dtype is None else {}
         wanted = {
             row.path: jax.ShapeDtypeStruct(
                 row.shape,
-                row.dtype,
+                stored.get(row.path, row.dtype) if dtype is None else dtype,
                 sharding=here if shardings is None else shardings[row.path],
             )
             for row in self.skeleton.table.rows
+            if shardings is None or row.path in shardings
         }
         params: Params = self.store.restore(self.step, params=wanted)["params"]
         return params
-
-    def prompt_ids(self, prompt: str) -> np.ndarray:
-        """Token ids of a prompt; an empty one begins a new document."""
-        ids = self.tokenizer.encode(prompt)
-        return ids if ids.size else np.array([self.tokenizer.eos_id], np.uint32)
 
 
 def open_checkpoint(name: str) -> OpenedCheckpoint:
@@ -65,6 +65,50 @@ def open_checkpoint(name: str) -> OpenedCheckpoint:
         skeleton=skeleton(manifest.model),
         tokenizer=_tokenizer(found),
     )
+
+
+def save_model(
+    folder: str,
+    skeleton: Skeleton,
+    params: Params,
+    tokenizer: Tokenizer,
+    made_by: dict[str, str],
+) -> None:
+    """Write a model that no run of ours trained as a checkpoint of step 0.
+
+    Args:
+        folder: to be made; it may exist if it is empty.
+        skeleton: the model.
+        params: by path, in the dtypes to be stored.
+        tokenizer: goes along.
+        made_by: program -> version, and what it was made from.
+
+    Raises:
+        ConfigError: the folder is in use.
+        CheckpointError: it cannot be written; no space, for example.
+    """
+    path = Path(folder).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(
+            f"{path} exists and is not empty; a model is written to a new folder."
+        )
+    require_space(_nearest(path), params, keep=0)
+    store = CheckpointStore(path / "checkpoints")
+    manifest = Manifest(
+        step=0,
+        model=skeleton.spec,
+        plan_fingerprint="",
+        mesh={},
+        data={},
+        made_by=made_by,
+    )
+    store.save(manifest, params, None, tokenizer.to_json())
+    store.close()
+
+
+def _nearest(path: Path) -> Path:
+    """The folder that is there already."""
+    return next(one for one in (path, *path.absolute().parents) if one.is_dir())
 
 
 def _tokenizer(found: Found) -> Tokenizer:

@@ -65,20 +65,21 @@ class CheckpointStore:
     ) -> None:
         """Start saving; the arrays are copied before this returns, then written behind.
 
+        `optimizer` is None of a model that is not in training.
+
         Raises:
             CheckpointError: this save, or an earlier one still under way, failed; for
                 example because the disk is full. Earlier checkpoints are untouched.
         """
+        items = {
+            "params": ocp.args.PyTreeSave(params),
+            "manifest": ocp.args.JsonSave(manifest.to_json()),
+            "tokenizer": ocp.args.JsonSave(json.loads(tokenizer_json)),
+        }
+        if optimizer is not None:
+            items["optimizer"] = ocp.args.PyTreeSave(optimizer)
         with _explained(f"step {manifest.step} cannot be saved in {self.folder}"):
-            self._manager.save(
-                manifest.step,
-                args=ocp.args.Composite(
-                    params=ocp.args.PyTreeSave(params),
-                    optimizer=ocp.args.PyTreeSave(optimizer),
-                    manifest=ocp.args.JsonSave(manifest.to_json()),
-                    tokenizer=ocp.args.JsonSave(json.loads(tokenizer_json)),
-                ),
-            )
+            self._manager.save(manifest.step, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Block until everything saved is committed; raise what went wrong, if so."""
@@ -98,6 +99,14 @@ class CheckpointStore:
     def tokenizer_json(self, step: int) -> str:
         """Read the tokenizer that checkpoint `step` carries."""
         return json.dumps(self._restore_json(step, "tokenizer"))
+
+    def param_dtypes(self, step: int) -> dict[str, str]:
+        """Read in which dtype each parameter is stored."""
+        folder = self.folder / str(step)
+        with _explained(f"checkpoint {folder} cannot be read"):
+            found = ocp.PyTreeCheckpointHandler().metadata(folder / "params")
+            tree = getattr(found, "tree", found)
+            return {path: str(leaf.dtype) for path, leaf in tree.items()}
 
     def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
         """Read items onto the shardings of their abstract trees.
@@ -147,12 +156,14 @@ def require_space(folder: Path, state: Any, keep: int) -> None:
     """
     leaves = jax.tree.leaves(state)
     needed = (keep + 1) * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    held = 0
+    if keep:
+        held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
     if free + held < needed:
         raise CheckpointError(
             f"no disk space for checkpoints in {folder}: {format_bytes(needed)} wanted "
-            f"(checkpoint.keep = {keep}, and one being written), "
+            f"({f'checkpoint.keep = {keep}, and ' * bool(keep)}one being written), "
             f"{format_bytes(free + held)} available. Free some, choose another "
             "run.dir, or keep fewer."
         )

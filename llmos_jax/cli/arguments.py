@@ -56,7 +56,9 @@ def add_config(parser: Arguments, default: str | None = None) -> None:
 def add_model(parser: Arguments) -> None:
     """Add the MODEL position."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a run folder, or a checkpoint in one"
+        "model",
+        metavar="MODEL",
+        help="a run folder, a checkpoint, a Hugging Face folder or a GGUF file",
     )
 
 

@@ -13,6 +13,7 @@ VERBS = {
     "train": "train a model from a config",
     "evaluate": "score a model on text",
     "generate": "continue a prompt",
+    "convert": "turn a model into another form: ours, Hugging Face's, GGUF",
     "doctor": "say what is here, what works and what is missing",
 }
 

@@ -12,6 +12,7 @@ from llmos_jax.config.load import (
 from llmos_jax.config.schema import (
     BatchSection,
     DataSection,
+    LoraSection,
     PlanSection,
     RunConfig,
     SyncSection,
@@ -21,6 +22,7 @@ __all__ = [
     "BatchSection",
     "DataSection",
     "Loaded",
+    "LoraSection",
     "PlanSection",
     "RunConfig",
     "SyncSection",

@@ -63,7 +63,7 @@ class ServeSection:
     """What a prefill or decode step is planned for: batch.global sequences, each with
     batch.seq_len tokens of context."""
 
-    weight_dtype: Literal["bfloat16", "int8", "float8"] = "bfloat16"
+    weight_dtype: Literal["float32", "bfloat16", "int8", "float8"] = "bfloat16"
     kv_dtype: Literal["bfloat16", "int8", "float8"] = "bfloat16"
     max_step_ms: float | None = None
     """Latency goal of one step; slower plans are turned down."""
@@ -74,6 +74,8 @@ class TrainSection:
     """AdamW with linear warm-up and cosine decay, clipped by global norm."""
 
     steps: int = 1000
+    from_scratch: bool = False
+    """Draw new weights although `model` names some; otherwise training begins there."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """`sgd` is plain gradient descent, without momentum: for comparisons."""
     max_minutes: float | None = None
@@ -116,6 +118,32 @@ class SyncSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSection:
+    """Train small factors beside frozen weights (arXiv 2106.09685)."""
+
+    rank: int = 0
+    """Of the factors; 0 trains all weights."""
+    alpha: float = 16.0
+    """What the factors add is multiplied with alpha / rank."""
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Weights that have factors."""
+    adapter: str | None = None
+    """A folder in PEFT's format to lay over the model: to use, to train on, to merge;
+    rank, alpha and targets are then its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateSection:
+    """How text is scored."""
+
+    stride: int | None = None
+    """Tokens from one window of batch.seq_len tokens to the next: all but the first
+    have the rest as context. None: windows lie end to end."""
+    against: str | None = None
+    """Another model over the same vocabulary: how far is it from this one?"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSection:
     """Asynchronous sharded checkpoints."""
 
@@ -126,7 +154,7 @@ class CheckpointSection:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSection:
     """Text to learn from: files, folders or patterns; .txt .jsonl .parquet, or
-    `python-docs`, the text that every Python carries."""
+    `python-docs`, the text that every Python carries; or conversations in .jsonl."""
 
     train: tuple[str, ...] = ("python-docs",)
     validation: tuple[str, ...] = ()
@@ -135,9 +163,18 @@ class DataSection:
     validation_share: float = 0.01
     text_key: str = "text"
     """The field that holds the text in JSONL and Parquet."""
-    tokenizer: str = "train"
-    """`train`: a byte-level BPE with the model's vocabulary, trained on data.train and
-    cached; `bytes`: 256 bytes and an end mark; or the path of a tokenizer.json."""
+    format: Literal["auto", "text", "chat"] = "auto"
+    """`chat`: JSON lines of conversations, of which the assistant's answers are
+    learned; `auto`: chat where the first row has `messages_key`, else text."""
+    messages_key: str = "messages"
+    """The field that holds the list of messages of a conversation."""
+    chat_template: str | None = None
+    """Path of a Jinja template for conversations; None: the tokenizer's own."""
+    tokenizer: str = "auto"
+    """`auto`: the one that the model came with, else `train`; `train`: a byte-level BPE
+    with the model's vocabulary, trained on data.train and cached; `bytes`: 256 bytes
+    and an end mark; or the path of a tokenizer.json, a SentencePiece *.model or a
+    model's folder."""
     document_mask: bool = False
     """Tokens attend within their own document only; rows still hold several."""
 
@@ -166,7 +203,9 @@ class RunConfig(Artefact):
     plan: PlanSection = field(default_factory=PlanSection)
     train: TrainSection = field(default_factory=TrainSection)
     sync: SyncSection = field(default_factory=SyncSection)
+    lora: LoraSection = field(default_factory=LoraSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     data: DataSection = field(default_factory=DataSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     generate: GenerateSection = field(default_factory=GenerateSection)
     serve: ServeSection = field(default_factory=ServeSection)

@@ -1,4 +1,4 @@
-"""Turn a file of tokens into batches: shuffled for training, in order for evaluation.
+"""Turn a file of tokens into batches for training, in shuffled order.
 
 Documents lie end to end and are cut into rows of T tokens, so row i is found by
 arithmetic and nothing is padded; only a tail shorter than a row is lost to training.
@@ -10,73 +10,40 @@ devices hold. Legend: T query tokens (the row), B sequences.
 With a document mask a batch says which document of its row each token belongs to. A
 document begins with its end mark (token_file.py), so its first token is predicted from
 that mark alone, the next mark from the document it ends, and no target has another
-document in its context: all of them count in the loss.
+document in its context: all of them count in the loss. Conversations are packed into
+rows instead (packing.py), and only their answers count.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
+from llmos_jax.data.packing import PackedRows
+from llmos_jax.data.rows import Batch, RowSource
 from llmos_jax.data.token_file import TokenFile
 from llmos_jax.errors import DataError
-
-Batch = dict[str, np.ndarray]
-
-
-class RowSource:
-    """Rows of T + 1 tokens, the last of one being the first of the next."""
-
-    def __init__(self, tokens: TokenFile, seq_len: int):
-        self._ids = tokens.open()
-        self._seq_len = seq_len
-        self._num_rows = (tokens.num_tokens - 1) // seq_len
-        if self._num_rows < 1:
-            raise DataError(
-                f"{tokens.path.stem} text has {tokens.num_tokens} tokens, but one row "
-                f"needs {seq_len + 1} (batch.seq_len + 1). Give more text, or lower "
-                "batch.seq_len."
-            )
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        start = row * self._seq_len
-        return self._ids[start : start + self._seq_len + 1].astype(np.int32)
 
 
 class _StepSource:
     """Batches by step: the chosen rows of the global batch that the step trains on."""
 
-    def __init__(
-        self,
-        rows: grain.MapDataset,
-        positions: list[int],
-        num_rows: int,
-        mark: int | None,
-    ):
+    def __init__(self, rows: grain.MapDataset, positions: list[int], num_rows: int):
         self._rows = rows
         self._positions = positions
         self._global_batch = num_rows
-        self._mark = mark
 
     def __len__(self) -> int:
         return sys.maxsize // self._global_batch
 
     def __getitem__(self, step: int) -> Batch:
         start = step * self._global_batch
-        block = np.stack([self._rows[start + position] for position in self._positions])
-        batch = {
-            "inputs": np.ascontiguousarray(block[:, :-1]),
-            "targets": np.ascontiguousarray(block[:, 1:]),
-        }
-        return batch | _segments(batch["inputs"], self._mark)
+        taken = [self._rows[start + position] for position in self._positions]
+        return {name: np.stack([row[name] for row in taken]) for name in taken[0]}
 
 
 class TrainBatches:
@@ -84,6 +51,10 @@ class TrainBatches:
 
     Each batch is {"inputs", "targets"}, int32 [len(rows), T], and "segments" with a
     document mask: the number of each input's document within its row, from 0.
+
+    Of conversations, a batch has "segments" always and "weights" too, float32
+    [len(rows), T]: 1 where the target is a token of an answer, else 0. Rows then hold
+    whole conversations (packing.py); what fills a row has weight 0.
     """
 
     def __init__(
@@ -109,22 +80,15 @@ class TrainBatches:
                 wants them; None for all.
             start_step: the step of the first batch.
             prefetch: read ahead in a thread; the order is the same without.
-            document_mask: add "segments".
+            document_mask: add "segments"; conversations have them anyway.
         """
         wanted = list(range(global_batch) if rows is None else rows)
         assert all(0 <= row < global_batch for row in wanted), (
             "rows of the global batch"
         )
-        order = (
-            grain.MapDataset.source(RowSource(tokens, seq_len))
-            .seed(seed)
-            .shuffle()
-            .repeat()
-        )
-        mark = _mark(tokens, document_mask)
-        self._steps = grain.MapDataset.source(
-            _StepSource(order, wanted, global_batch, mark)
-        )
+        rows_of = _row_source(tokens, seq_len, document_mask)
+        order = grain.MapDataset.source(rows_of).seed(seed).shuffle().repeat()
+        self._steps = grain.MapDataset.source(_StepSource(order, wanted, global_batch))
         self._identity = {
             "tokens": tokens.fingerprint,
             "seq_len": seq_len,
@@ -183,75 +147,9 @@ class TrainBatches:
         self._iterator = iter(self._steps[step:].to_iter_dataset(ahead))
 
 
-def num_evaluation_batches(
-    tokens: TokenFile, *, seq_len: int, batch: int, limit: int | None = None
-) -> int:
-    """Return how many batches `evaluation_batches` yields."""
-    whole = math.ceil(math.ceil((tokens.num_tokens - 1) / seq_len) / batch)
-    return whole if limit is None else min(whole, limit)
-
-
-def evaluation_batches(
-    tokens: TokenFile,
-    *,
-    seq_len: int,
-    batch: int,
-    limit: int | None = None,
-    rows: Sequence[int] | None = None,
-    document_mask: bool = False,
-) -> Iterator[Batch]:
-    """Yield {"inputs", "targets" int32, "weights" float32}, [batch, T], in order.
-
-    Every token but the first is a target of weight 1 exactly once; what fills the last
-    rows has weight 0. With a `limit`, that many batches spread evenly over the text, so
-    that a part still stands for the whole. `rows` picks rows of each batch.
-    `document_mask` adds "segments", as in training.
-    """
-    if tokens.num_tokens < 2:
-        raise DataError(f"{tokens.path.stem} text has no token to predict.")
-    ids = tokens.open()
-    whole = num_evaluation_batches(tokens, seq_len=seq_len, batch=batch)
-    count = num_evaluation_batches(tokens, seq_len=seq_len, batch=batch, limit=limit)
-    chosen = slice(None) if rows is None else list(rows)
-    mark = _mark(tokens, document_mask)
-    for index in range(count):
-        block = _evaluation_batch(ids, index * whole // count, seq_len, batch)
-        block |= _segments(block["inputs"], mark)
-        yield {name: value[chosen] for name, value in block.items()}
-
-
-def _evaluation_batch(ids: np.ndarray, index: int, seq_len: int, batch: int) -> Batch:
-    size = batch * seq_len
-    window = ids[index * size : (index + 1) * size + 1].astype(np.int32)
-    num_targets = window.size - 1
-    inputs, targets = np.zeros((2, size), np.int32)
-    inputs[:num_targets], targets[:num_targets] = window[:-1], window[1:]
-    weights = (np.arange(size) < num_targets).astype(np.float32)
-    return {
-        name: value.reshape(batch, seq_len)
-        for name, value in (
-            ("inputs", inputs),
-            ("targets", targets),
-            ("weights", weights),
-        )
-    }
-
-
-def _mark(tokens: TokenFile, document_mask: bool) -> int | None:
-    """The token that begins a new segment; None where there are no segments."""
-    if not document_mask:
-        return None
-    if tokens.end_id is None:
-        raise DataError(
-            f"{tokens.path.stem} text has no end mark that tells its documents apart. "
-            "Leave data.document_mask out."
-        )
-    return tokens.end_id
-
-
-def _segments(inputs_BT: np.ndarray, mark: int | None) -> Batch:
-    if mark is None:
-        return {}
-    begins_BT = inputs_BT == mark
-    begins_BT[:, 0] = False
-    return {"segments": np.cumsum(begins_BT, axis=1, dtype=np.int32)}
+def _row_source(
+    tokens: TokenFile, seq_len: int, document_mask: bool
+) -> RowSource | PackedRows:
+    if tokens.is_chat:
+        return PackedRows(tokens, seq_len)
+    return RowSource(tokens, seq_len, document_mask=document_mask)

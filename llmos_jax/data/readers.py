@@ -64,7 +64,24 @@ def _read_text(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
     yield str(path), text.removeprefix("\ufeff")
 
 
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (path:line, object) for each line of a JSON lines file."""
+    try:
+        yield from _read_rows(path)
+    except OSError as problem:
+        raise DataError(
+            f"{path} cannot be read: {problem.strerror or problem}"
+        ) from None
+
+
 def _read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
+    for place, row in _read_rows(path, f"a JSON object with a {text_key!r} field"):
+        yield place, _text_of(row, text_key, place)
+
+
+def _read_rows(
+    path: Path, wanted: str = "a JSON object"
+) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.isspace():
@@ -77,23 +94,20 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
                     f"{place}: not a JSON object on one line: {problem}"
                 ) from None
             if not isinstance(row, dict):
-                raise DataError(
-                    f"{place}: wanted a JSON object with a {text_key!r} field, got "
-                    f"a {_json_kind(row)}."
-                )
-            yield place, _text_of(row, text_key, place)
+                raise DataError(f"{place}: wanted {wanted}, got a {json_kind(row)}.")
+            yield place, row
 
 
 def _text_of(row: dict[str, Any], text_key: str, place: str) -> str:
     if text_key not in row:
         raise DataError(
             f"{place}: no field {text_key!r}; the fields are {_listed(row)}."
-            f"{_near(text_key, row)} Set data.text_key to the one that holds the text."
+            f"{near(text_key, row)} Set data.text_key to the one that holds the text."
         )
     text = row[text_key]
     if not isinstance(text, str):
         raise DataError(
-            f"{place}: field {text_key!r} holds a {_json_kind(text)}, not text."
+            f"{place}: field {text_key!r} holds a {json_kind(text)}, not text."
         )
     return text
 
@@ -108,7 +122,7 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
             if text_key not in schema.names:
                 raise DataError(
                     f"{path}: no column {text_key!r}; the columns are "
-                    f"{_listed(schema.names)}.{_near(text_key, schema.names)} "
+                    f"{_listed(schema.names)}.{near(text_key, schema.names)} "
                     "Set data.text_key to the one that holds the text."
                 )
             kind = schema.field(text_key).type
@@ -127,11 +141,13 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names) or "none"
 
 
-def _near(word: str, names: Iterable[str]) -> str:
+def near(word: str, names: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` where a name is near; else nothing."""
     hint = did_you_mean(word, names)
     return hint if hint.startswith(" Did") else ""
 
 
-def _json_kind(value: object) -> str:
+def json_kind(value: object) -> str:
+    """Name the kind of a JSON value, for messages."""
     names = {dict: "JSON object", list: "list", str: "text", bool: "truth value"}
     return names.get(type(value), "null" if value is None else "number")

@@ -14,10 +14,18 @@ from typing import Any
 
 from llmos_jax.config.schema import DataSection
 from llmos_jax.data.cache import open_or_build
-from llmos_jax.data.sides import read_scored
+from llmos_jax.data.conversations import is_chat
+from llmos_jax.data.sides import read_scored, scored_patterns
 from llmos_jax.data.sources import fingerprint_sources
-from llmos_jax.data.token_file import TokenFile, code_digest, encode, open_token_file
+from llmos_jax.data.token_file import (
+    TokenFile,
+    code_digest,
+    encode,
+    encode_conversations,
+    open_token_file,
+)
 from llmos_jax.data.tokenizer import Tokenizer
+from llmos_jax.data.tokens import with_template
 from llmos_jax.ir import fingerprint_of
 from llmos_jax.units import format_bytes
 
@@ -33,7 +41,9 @@ def prepare_scored(
 
     Raises:
         DataError: sources that cannot be read, or too little text.
+        ConfigError: conversations, and no template to write them by.
     """
+    tokenizer = with_template(tokenizer, section)
     folder = cache / "scored" / _key(section, tokenizer)
     facts = open_or_build(
         folder,
@@ -52,6 +62,7 @@ def _key(section: DataSection, tokenizer: Tokenizer) -> str:
             fingerprint_sources(named or section.train),
             None if named else section.validation_share,
             section.text_key,
+            [section.format, section.messages_key],
             tokenizer.fingerprint,
         ]
     )
@@ -67,4 +78,9 @@ def _build(
     with ExitStack() as stack:
         side, spool = read_scored(section, room, stack)
         on_progress(f"encoding {format_bytes(spool.num_bytes)} of {side} text")
-        return {"side": side, side: encode(spool, tokenizer, room / f"{side}.bin")}
+        path = room / f"{side}.bin"
+        if is_chat(section, scored_patterns(section)):
+            facts = encode_conversations(spool, tokenizer, path, keep_answers=True)
+        else:
+            facts = encode(spool, tokenizer, path)
+        return {"side": side, side: facts}

@@ -2,17 +2,19 @@
 
 Validation text is what the config names, or a share of the training documents chosen by
 content hash. A few long files leave a hash nothing to choose from (one file is one
-document): then the end of each document is held out, and the report says so.
+document): then the end of each document is held out, and the report says so. A few
+conversations leave it nothing either, but are not cut: the last of them are held out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from llmos_jax.config.schema import DataSection
-from llmos_jax.data.document import cut_end, is_held_out
+from llmos_jax.data.conversations import is_chat, read_conversations
+from llmos_jax.data.document import Document, cut_end, is_held_out
 from llmos_jax.data.sources import read_documents
 from llmos_jax.data.spool import Spool
 from llmos_jax.errors import DataError
@@ -38,6 +40,11 @@ def read_sides(section: DataSection, room: Path, stack: ExitStack) -> tuple[Side
     return sides, held_out_by
 
 
+def scored_patterns(section: DataSection) -> Sequence[str]:
+    """Return where the text to score a finished model on is, or is held out of."""
+    return section.test or section.validation or section.train
+
+
 def read_scored(
     section: DataSection, room: Path, stack: ExitStack
 ) -> tuple[str, Spool]:
@@ -53,11 +60,17 @@ def read_scored(
     return "validation", sides["validation"]
 
 
+def _documents(section: DataSection, patterns: Sequence[str]) -> Iterable[Document]:
+    if is_chat(section, patterns):
+        return read_conversations(patterns, messages_key=section.messages_key)
+    return read_documents(patterns, text_key=section.text_key)
+
+
 def _read(
     section: DataSection, patterns: Sequence[str], path: Path, stack: ExitStack
 ) -> Spool:
     spool = stack.enter_context(Spool(path))
-    for document in read_documents(patterns, text_key=section.text_key):
+    for document in _documents(section, patterns):
         spool.add(document.text)
     return spool
 
@@ -71,7 +84,7 @@ def _split(section: DataSection, room: Path, stack: ExitStack) -> tuple[Sides, s
         )
     train = stack.enter_context(Spool(room / "train.txt"))
     held_out = stack.enter_context(Spool(room / "validation.txt"))
-    for document in read_documents(section.train, text_key=section.text_key):
+    for document in _documents(section, section.train):
         side = held_out if is_held_out(document, share) else train
         side.add(document.text)
     if train.num_documents and held_out.num_documents:
@@ -79,23 +92,46 @@ def _split(section: DataSection, room: Path, stack: ExitStack) -> tuple[Sides, s
         return {"train": train, "validation": held_out}, by
     # Too few documents to choose among: all fell on one side.
     whole = train if train.num_documents else held_out
+    if is_chat(section, section.train):
+        by = f"the last {share:.3g} of the conversations (too few to choose among)"
+        return _split_last(whole, share, room, stack), by
     by = f"the last {share:.3g} of each document (too few documents to choose among)"
     return _split_ends(whole, share, room, stack), by
 
 
+def _split_last(whole: Spool, share: float, room: Path, stack: ExitStack) -> Sides:
+    if whole.num_documents < 2:
+        raise DataError(
+            "one conversation is too little to hold any out. Give more, or name "
+            "data.validation."
+        )
+    sides, aside = _aside(whole, room, stack)
+    first_held_out = whole.num_documents - max(1, round(whole.num_documents * share))
+    for number, text in enumerate(whole):
+        sides["train" if number < first_held_out else "validation"].add(text)
+    aside.unlink()
+    return sides
+
+
 def _split_ends(whole: Spool, share: float, room: Path, stack: ExitStack) -> Sides:
-    aside = room / "whole.txt"
-    whole.path.rename(aside)
-    train = stack.enter_context(Spool(room / "train.txt"))
-    held_out = stack.enter_context(Spool(room / "validation.txt"))
+    sides, aside = _aside(whole, room, stack)
     for text in whole:
-        for spool, part in zip((train, held_out), cut_end(text, share)):
+        for spool, part in zip(sides.values(), cut_end(text, share)):
             if part.strip():
                 spool.add(part)
     aside.unlink()
-    if not (train.num_documents and held_out.num_documents):
+    if not all(spool.num_documents for spool in sides.values()):
         raise DataError(
             f"{whole.num_bytes} bytes of text in {whole.num_documents} documents are "
             "too little to hold any out. Give more text, or name data.validation."
         )
-    return {"train": train, "validation": held_out}
+    return sides
+
+
+def _aside(whole: Spool, room: Path, stack: ExitStack) -> tuple[Sides, Path]:
+    """Move a spool out of the way of the two that it is told apart into."""
+    aside = room / "whole.txt"
+    whole.path.rename(aside)
+    names = ("train", "validation")
+    sides = {name: stack.enter_context(Spool(room / f"{name}.txt")) for name in names}
+    return sides, aside

@@ -30,7 +30,7 @@ def read_documents(patterns: Sequence[str], *, text_key: str) -> Iterator[Docume
             nothing but empty documents.
     """
     found = 0
-    for source in _expand(patterns):
+    for source in expand(patterns):
         for document in _read(source, text_key):
             if document.text.strip():
                 found += 1
@@ -50,7 +50,7 @@ def fingerprint_sources(patterns: Sequence[str]) -> list[Any]:
     """
     return [
         python_docs.fingerprint() if source is None else _stamp(source)
-        for source in _expand(patterns)
+        for source in expand(patterns)
     ]
 
 
@@ -67,8 +67,12 @@ def _read(source: Path | None, text_key: str) -> Iterator[Document]:
         yield Document(name=name, text=text)
 
 
-def _expand(patterns: Sequence[str]) -> list[Path | None]:
-    """Return the files that the patterns name, each once; None is python-docs."""
+def expand(patterns: Sequence[str]) -> list[Path | None]:
+    """Return the files that the patterns name, each once; None is python-docs.
+
+    Raises:
+        DataError: no pattern, or one that matches nothing.
+    """
     if not patterns:
         raise DataError(
             "no data was named: set data.train to files, folders or patterns."

@@ -1,55 +1,74 @@
 """Turn text into token ids and back.
 
 One class wraps the `tokenizers` library, whether the vocabulary was trained here, is
-the 256 bytes, or came with a model as tokenizer.json. Text is always taken as text: a
-`<|endoftext|>` that somebody wrote does not become the mark that ends a document.
+the 256 bytes, or came with a model. Text is taken as text: a `<|endoftext|>` that
+somebody wrote does not become the mark that ends a document. Only `encode_markup`,
+which is for text that a chat template made, takes marks as marks.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
+import msgspec
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from llmos_jax.data.marks import Marks, frame_of, marks_of, set_frame
 from llmos_jax.errors import ConfigError, DataError
 from llmos_jax.ir import fingerprint_of
 
-END_OF_TEXT = "<|endoftext|>"
-_END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
-# Words, numbers of up to three digits and punctuation as in Llama 3's published
-# tokenizer.json; a line's end takes the indentation of the next line with it, since
-# half of the text here is code (3.86 bytes a token with 4096 tokens on held-out
-# python-docs, against 3.80 for Llama 3's and 3.74 for GPT-2's).
-_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|"
-    r"[ \t]*[\r\n]+[ \t]*(?=\S)|\s+(?!\S)|\s+"
-)
-# Where text may be cut without changing a token, in these rules, GPT-2's and Llama 3's:
-# before the space between two words, and between a line's end and a line's first letter
-# (not where there is more white space around, of which the rules look at the whole
-# run).
-_SAFE_CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=\S)")
-_PIECE_CHARACTERS = 1 << 16
+_OUR_KEY = "llmos"  # in the JSON that checkpoints hold, beside the library's own keys
 
 
 class Tokenizer:
-    """Text to ids and back; `eos_id` is the mark between documents."""
+    """Text to ids and back, with the `marks` that the model's text is framed by."""
 
-    __slots__ = ("_inner", "eos_id", "vocab_size")
+    __slots__ = ("_inner", "_lock", "_special_ids", "marks", "vocab_size")
 
-    def __init__(self, inner: tokenizers.Tokenizer):
-        """Wrap `inner`, which is this object's from now on (its padding is set off)."""
+    def __init__(self, inner: tokenizers.Tokenizer, marks: Marks | None = None):
+        """Wrap `inner`, which is this object's from now on (its padding is set off).
+
+        Its post-processor is made to agree with `marks`; None takes the marks from it.
+        """
         inner.no_padding()
         inner.no_truncation()
         inner.encode_special_tokens = True
         self._inner = inner
-        self.eos_id = _end_id(inner)
+        self._lock = threading.Lock()
+        self.marks = marks or marks_of(inner)
+        before, after = frame_of(inner)
+        if bool(before) != self.marks.adds_bos:
+            set_frame(inner, [self.begin_id] if self.marks.adds_bos else [], after)
+        added = inner.get_added_tokens_decoder()
+        self._special_ids = frozenset(
+            token for token, name in added.items() if name.special
+        )
         # Ids may have gaps in foreign files; the model needs a row up to the last one.
         self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def eos_id(self) -> int:
+        """The mark that ends a text."""
+        return self.marks.eos_id
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Where generation ends."""
+        return self.marks.stop_ids
+
+    @property
+    def begin_id(self) -> int:
+        """What begins a document in training and scoring: the mark that the model wants
+        there, or, where it wants none, the one that ended the document before."""
+        marks = self.marks
+        return (
+            marks.bos_id if marks.adds_bos and marks.bos_id is not None else self.eos_id
+        )
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of one text, uint32 [tokens]; no mark is added."""
@@ -58,34 +77,120 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text; the library's threads share the work."""
         try:
-            coded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+            with self._lock:
+                coded = self._inner.encode_batch_fast(
+                    list(texts), add_special_tokens=False
+                )
         except (UnicodeEncodeError, TypeError):
-            raise DataError(
-                "a text cannot be written as UTF-8: it holds half of a surrogate pair."
-            ) from None
+            raise _half_a_pair() from None
         return [np.asarray(one.ids, np.uint32) for one in coded]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Return the ids of a text to go on from, uint32 [tokens]: with the marks that
+        the model expects around a text, and no others."""
+        return np.asarray(self._encode(text, framed=True, markup=False).ids, np.uint32)
+
+    def encode_markup(self, text: str) -> np.ndarray:
+        """Return the ids of text in which marks are written as their names, uint32
+        [tokens]: what a chat template made. Nothing is added."""
+        return np.asarray(self._encode(text, framed=False, markup=True).ids, np.uint32)
+
+    def align_markup(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return `encode_markup`, and the characters of `text` that each id stands for:
+        [tokens, 2], first and one past the last."""
+        coded = self._encode(text, framed=False, markup=True)
+        spans = np.asarray(coded.offsets, np.int64).reshape(-1, 2)
+        return np.asarray(coded.ids, np.uint32), spans
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of ids; marks say nothing, broken UTF-8 becomes U+FFFD."""
         return self._inner.decode([int(one) for one in ids], skip_special_tokens=True)
 
+    def special_ids(self) -> frozenset[int]:
+        """Return the ids of all marks: the tokens that say nothing."""
+        return self._special_ids
+
+    def special_names(self) -> dict[str, str]:
+        """Return the marks by role (`bos_token`, `eos_token`, ...), as templates and
+        tokenizer_config.json call them."""
+        named = {
+            role: value["content"] if isinstance(value, dict) else value
+            for role, value in self.marks.config.items()
+            if role.endswith("_token") and isinstance(value, str | dict)
+        }
+        if not self.marks.config:
+            if self.marks.bos_id is not None:
+                named["bos_token"] = self._inner.id_to_token(self.marks.bos_id)
+            named["eos_token"] = self._inner.id_to_token(self.marks.eos_id)
+        return named
+
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """Return the same tokenizer for a model that converses by `template`."""
+        inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        return Tokenizer(inner, replace(self.marks, chat_template=template))
+
     def to_json(self) -> str:
-        """Return the tokenizer.json that other programs read too."""
-        return self._inner.to_str()
+        """Return a tokenizer.json with the marks under one more key."""
+        plain = msgspec.json.decode(self._inner.to_str())
+        return msgspec.json.encode({_OUR_KEY: self.marks.to_plain(), **plain}).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        """Rebuild from the text of a tokenizer.json; ConfigError if it is not one."""
-        try:
-            inner = tokenizers.Tokenizer.from_str(text)
-        except Exception as problem:  # the library raises bare Exception
-            raise ConfigError(f"not a tokenizer.json: {problem}") from None
-        return cls(inner)
+        """Rebuild from `to_json` or any tokenizer.json; ConfigError if it is none."""
+        return cls(*read_json(text))
+
+    def files(self) -> dict[str, str]:
+        """Return the tokenizer's part of a Hugging Face folder, by file name."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.marks.config}
+        marks = {"bos_token": self.marks.bos_id, "eos_token": self.eos_id}
+        for role, token in marks.items():
+            if token is not None and config.get(role) is None:
+                config[role] = self._inner.id_to_token(token)
+        if config.get("pad_token") is None:
+            config["pad_token"] = config["eos_token"]
+        files = {
+            "tokenizer.json": self._inner.to_str(pretty=True),
+            "tokenizer_config.json": _pretty(config),
+            "special_tokens_map.json": _pretty(
+                {
+                    role: config[role]
+                    for role in sorted(config)
+                    if _is_mark(role, config)
+                }
+            ),
+        }
+        if self.marks.chat_template is not None:
+            files["chat_template.jinja"] = self.marks.chat_template
+        return files
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token by name, marks included."""
+        return self._inner.get_vocab(with_added_tokens=True)
+
+    def steps(self) -> dict[str, Any]:
+        """Return how text is cut before tokens are looked for, in tokenizer.json's
+        words: `normalizer` and `pre_tokenizer` (or None), and the `model` by type."""
+        inner = self._inner
+        return {
+            "normalizer": _plain(inner.normalizer),
+            "pre_tokenizer": _plain(inner.pre_tokenizer),
+            "model": type(inner.model).__name__,
+        }
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change with anything about the tokenizer."""
         return fingerprint_of(self.to_json())
+
+    def _encode(self, text: str, *, framed: bool, markup: bool) -> tokenizers.Encoding:
+        with self._lock:
+            self._inner.encode_special_tokens = not markup
+            try:
+                return self._inner.encode(text, add_special_tokens=framed)
+            except (UnicodeEncodeError, TypeError):
+                raise _half_a_pair() from None
+            finally:
+                self._inner.encode_special_tokens = True
 
 
 class StreamDecoder:
@@ -125,63 +230,21 @@ class StreamDecoder:
         self._shown = len(self._ids)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE: the end mark, all 256 bytes, then merges.
-
-    The same texts give the same tokenizer. Little text may give fewer tokens than
-    asked.
-    """
-    if vocab_size < 257:
-        raise ConfigError(
-            f"a byte-level tokenizer needs at least 257 tokens (256 bytes and an end "
-            f"mark), but the model's vocabulary is {vocab_size}."
-        )
-    inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(texts, trainer)
-    return Tokenizer(inner)
-
-
-def bytes_tokenizer() -> Tokenizer:
-    """Return the tokenizer whose ids are the 256 bytes, and 256 for the end mark."""
-    vocab = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
-    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(inner)
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer.json, or the one in a folder; ConfigError if there is none."""
-    file = Path(path).expanduser()
-    file = file / "tokenizer.json" if file.is_dir() else file
+def read_json(text: str) -> tuple[tokenizers.Tokenizer, Marks | None]:
+    """Return the library's object of a tokenizer.json, and the marks where it is one
+    that `Tokenizer.to_json` made; ConfigError if it is none."""
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        reason = getattr(problem, "strerror", None) or "it is not text"
-        raise ConfigError(
-            f"tokenizer {file} cannot be read: {reason}. Set data.tokenizer to "
-            "`train`, `bytes` or the path of a tokenizer.json."
-        ) from None
+        plain = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeEncodeError) as problem:
+        raise ConfigError(f"not a tokenizer.json: {problem}") from None
+    marks = plain.pop(_OUR_KEY, None) if isinstance(plain, dict) else None
+    if marks is not None:
+        text = msgspec.json.encode(plain).decode()
     try:
-        return Tokenizer.from_json(text)
-    except ConfigError as problem:
-        raise ConfigError(f"tokenizer {file}: {problem}") from None
+        inner = tokenizers.Tokenizer.from_str(text)
+    except Exception as problem:  # the library raises bare Exception
+        raise ConfigError(f"not a tokenizer.json: {problem}") from None
+    return inner, None if marks is None else Marks.from_plain(marks)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model_name: str) -> None:
@@ -193,39 +256,32 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, model_name: str) -> 
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the vocabulary of "
             f"model {model_name} has room for {vocab_size}. Use the model's own "
-            "tokenizer, or set data.tokenizer = `train` to train one that fits."
+            "tokenizer (data.tokenizer = `auto`), or set data.tokenizer = `train` to "
+            "train one that fits."
         )
 
 
-def cut_pieces(text: str) -> list[str]:
-    """Cut long text where no token is cut: many threads, little memory.
-
-    The pieces, joined, are the text; their ids, joined, are its ids.
-    """
-    pieces = []
-    start = 0
-    while len(text) - start > _PIECE_CHARACTERS:
-        cut = _SAFE_CUT.search(text, start + _PIECE_CHARACTERS)
-        if cut is None:
-            break
-        pieces.append(text[start : cut.start()])
-        start = cut.start()
-    return [*pieces, text[start:]]
+def prompt_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Return the ids of a text to continue, uint32 [tokens], at least one: an empty
+    text begins a new document."""
+    ids = tokenizer.encode_prompt(text)
+    return ids if ids.size else np.array([tokenizer.begin_id], np.uint32)
 
 
-def _end_id(inner: tokenizers.Tokenizer) -> int:
-    for name in _END_NAMES:
-        found = inner.token_to_id(name)
-        if found is not None:
-            return found
-    raise ConfigError(
-        "the tokenizer has no token that ends a document; looked for "
-        f"{', '.join(_END_NAMES)}."
+def _half_a_pair() -> DataError:
+    return DataError(
+        "a text cannot be written as UTF-8: it holds half of a surrogate pair."
     )
 
 
-def _byte_symbols() -> list[str]:
-    """Return the printable symbol of each byte, in byte order (GPT-2's encoder.py)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+def _plain(part: Any) -> dict[str, Any] | None:
+    """One part of the library's object as JSON data: its pickled form is JSON."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _is_mark(role: str, config: dict[str, Any]) -> bool:
+    return role.endswith("_token") and isinstance(config[role], str | dict)
+
+
+def _pretty(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

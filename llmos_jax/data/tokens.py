@@ -2,7 +2,7 @@
 
 The result lies in the cache under a key made of everything it depends on: the sources'
 stamps, the settings, the tokenizer, this code. Held-out text is told apart first, so
-the tokenizer never sees it. Every document begins with the end mark: its first token is
+the tokenizer never sees it. Every document begins with a mark: its first token is
 predicted from that, and no document is predicted from nothing.
 """
 
@@ -18,21 +18,20 @@ import tokenizers
 
 from llmos_jax.config.schema import DataSection
 from llmos_jax.data.cache import open_or_build
+from llmos_jax.data.conversations import is_chat
+from llmos_jax.data.folder import load_tokenizer
 from llmos_jax.data.sides import read_sides
 from llmos_jax.data.sources import fingerprint_sources
 from llmos_jax.data.token_file import (
     TokenFile,
     code_digest,
     encode,
+    encode_conversations,
     open_token_file,
 )
-from llmos_jax.data.tokenizer import (
-    Tokenizer,
-    bytes_tokenizer,
-    check_vocabulary,
-    load_tokenizer,
-    train_bpe,
-)
+from llmos_jax.data.tokenizer import Tokenizer, check_vocabulary
+from llmos_jax.data.trained import bytes_tokenizer, train_bpe
+from llmos_jax.errors import ConfigError
 from llmos_jax.ir import fingerprint_of
 from llmos_jax.units import format_bytes
 
@@ -72,16 +71,24 @@ def prepare(
     model_name: str,
     cache: Path,
     on_progress: Callable[[str], None],
+    own: Tokenizer | None = None,
 ) -> PreparedText:
     """Return the tokenizer and token files of `[data]`, from the cache where they are.
 
+    `own` is the tokenizer that the model came with, which `data.tokenizer = auto`
+    takes. Conversations (`data.format`) give files with weights, see `TokenFile`.
+
     Raises:
         DataError: sources that cannot be read, or too little text.
-        ConfigError: a tokenizer that cannot be read or does not fit the model.
+        ConfigError: a tokenizer that cannot be read or does not fit the model, or
+            conversations and no template to write them by.
     """
-    given = _given_tokenizer(section.tokenizer)
+    given = _given_tokenizer(section.tokenizer, own)
     if given:
         check_vocabulary(given, vocab_size, model_name)
+        given = with_template(given, section)
+    if is_chat(section, section.train):
+        _check_template(given)
     folder = cache / "text" / _key(section, given, vocab_size)
     facts = open_or_build(
         folder,
@@ -99,10 +106,39 @@ def prepare(
     )
 
 
-def _given_tokenizer(choice: str) -> Tokenizer | None:
+def with_template(tokenizer: Tokenizer, section: DataSection) -> Tokenizer:
+    """Return the tokenizer with the template of `data.chat_template`, if it is set."""
+    if section.chat_template is None:
+        return tokenizer
+    path = Path(section.chat_template).expanduser()
+    try:
+        return tokenizer.with_chat_template(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as problem:
+        reason = getattr(problem, "strerror", None) or "it is not text"
+        raise ConfigError(
+            f"data.chat_template {path} cannot be read: {reason}."
+        ) from None
+
+
+def _given_tokenizer(choice: str, own: Tokenizer | None) -> Tokenizer | None:
+    """Return the tokenizer to use; None: it is to be trained."""
+    if choice == "auto":
+        return own
     if choice == "train":
         return None
     return bytes_tokenizer() if choice == "bytes" else load_tokenizer(choice)
+
+
+def _check_template(given: Tokenizer | None) -> None:
+    if given is not None and given.marks.chat_template is not None:
+        return
+    whose = "a tokenizer trained here" if given is None else "this tokenizer"
+    raise ConfigError(
+        f"data.train holds conversations, and {whose} has no chat template to write "
+        "them by. Start from an instruction-tuned model with data.tokenizer = `auto`, "
+        "set data.chat_template to the path of a Jinja template (and data.tokenizer to "
+        "one that has the marks it writes), or data.format = `text`."
+    )
 
 
 def _key(section: DataSection, given: Tokenizer | None, vocab_size: int) -> str:
@@ -115,6 +151,7 @@ def _key(section: DataSection, given: Tokenizer | None, vocab_size: int) -> str:
             fingerprint_sources(section.test) if section.test else None,
             None if section.validation else section.validation_share,
             section.text_key,
+            [section.format, section.messages_key],
             given.fingerprint if given else trained,
         ]
     )
@@ -139,10 +176,22 @@ def _build(
         facts: dict[str, Any] = {"held_out_by": held_out_by}
         for name, spool in sides.items():
             on_progress(f"encoding {format_bytes(spool.num_bytes)} of {name} text")
-            facts[name] = encode(spool, tokenizer, room / f"{name}.bin")
-    train.path.unlink()
+            path = room / f"{name}.bin"
+            if is_chat(section, _patterns(section, name)):
+                keep = name != "train"
+                facts[name] = encode_conversations(
+                    spool, tokenizer, path, keep_answers=keep
+                )
+            else:
+                facts[name] = encode(spool, tokenizer, path)
+    train.path.unlink(missing_ok=True)  # conversations are not kept
     (room / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     return facts
+
+
+def _patterns(section: DataSection, side: str) -> tuple[str, ...]:
+    named = {"validation": section.validation, "test": section.test}.get(side)
+    return named or section.train
 
 
 def _first(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
@@ -154,10 +203,15 @@ def _first(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
 
 
 def _counts(file: TokenFile) -> dict[str, Any]:
-    return {
+    counts: dict[str, Any] = {
         "documents": file.num_documents,
         "bytes": file.num_bytes,
         "tokens": file.num_tokens,
         "bytes_per_token": file.num_bytes / file.num_tokens,
         "fingerprint": file.fingerprint,
     }
+    if file.num_answer_tokens is not None:
+        counts["answer_tokens"] = file.num_answer_tokens
+        counts["skipped"] = file.num_skipped
+        counts["bytes_per_token"] = file.num_bytes / file.num_answer_tokens
+    return counts

@@ -8,7 +8,7 @@ from llmos_jax.ir.artefact import Artefact, fingerprint_of
 from llmos_jax.ir.facts import SECTIONS, Facts, axes_text, facts_of, facts_of_summary
 from llmos_jax.ir.front import Front, Prices, Slice
 from llmos_jax.ir.lock import PlanLock, fidelity_of, lock_of
-from llmos_jax.ir.model import ModelSpec, RopeScaling
+from llmos_jax.ir.model import LORA_TARGETS, Lora, ModelSpec, RopeScaling
 from llmos_jax.ir.neighbour import Neighbour
 from llmos_jax.ir.params import ParamRow, ParamTable
 from llmos_jax.ir.plan import (
@@ -32,6 +32,7 @@ from llmos_jax.ir.workload import Phase, Workload
 
 __all__ = [
     "EXCHANGES",
+    "LORA_TARGETS",
     "MESH_AXES",
     "REMATS",
     "SCHEDULES",
@@ -43,6 +44,7 @@ __all__ = [
     "Estimate",
     "Facts",
     "Front",
+    "Lora",
     "MeshShape",
     "ModelSpec",
     "Neighbour",

@@ -8,6 +8,7 @@ the mathematics; it knows nothing of chips, batches or dtypes of a run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llmos_jax.errors import ConfigError
 from llmos_jax.ir.artefact import Artefact
@@ -15,19 +16,41 @@ from llmos_jax.ir.artefact import Artefact
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """Llama 3.1 frequency scaling (Meta's llama-models, `apply_scaling`, 2024-07)."""
+    """How rotation is slowed for contexts longer than a model was first trained on.
 
+    `llama3` slows low frequencies only (Meta's llama-models, `apply_scaling`, 2024-07);
+    `linear` divides every position by `factor` (arXiv 2306.15595), in Gemma's global
+    layers alone.
+    """
+
+    kind: Literal["llama3", "linear"] = "llama3"
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_seq_len: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """Small trainable factors beside frozen weights: W + alpha / rank * A B (arXiv
+    2106.09685)."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    """Names in LORA_TARGETS."""
+
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+"""Weights of a layer that may have factors beside them; of dense blocks, not of
+experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec(Artefact):
-    """One decoder-only transformer: RMSNorm, RoPE, grouped queries, SwiGLU.
+    """One decoder-only transformer: RMSNorm, RoPE, grouped queries, a gated block.
 
-    With experts, `ffn_dim` is the width of each expert.
+    With experts, `ffn_dim` is the width of each expert. The defaults are a Llama's.
     """
 
     name: str
@@ -51,6 +74,36 @@ class ModelSpec(Artefact):
     experts_per_token: int = 0
     norm_topk_prob: bool = True
     """Whether the chosen experts' weights are made to sum to 1."""
+    architecture: str = ""
+    """What Hugging Face calls it (`model_type`): llama, mistral, mixtral, qwen2, qwen3,
+    qwen3_moe, gemma2, gemma3_text. Empty: the plainest that has these features."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Of the gate: SwiGLU or GeGLU."""
+    qkv_bias: bool = False
+    """Biases on q, k and v (Qwen2)."""
+    out_bias: bool = False
+    """A bias on attention's output."""
+    norm_offset: bool = False
+    """RMSNorm multiplies by 1 + scale (Gemma)."""
+    post_norms: bool = False
+    """RMSNorm also on what attention and the feed-forward block give (Gemma 2, 3)."""
+    scaled_embeddings: bool = False
+    """Embeddings times the square root of `embed_dim` (Gemma)."""
+    attention_scale: float | None = None
+    """Scores are multiplied by this; None: head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    """Scores s become c tanh(s / c) (Gemma 2)."""
+    logit_softcap: float | None = None
+    """The same of logits."""
+    sliding_window: int | None = None
+    """Tokens that a sliding layer sees, its own among them."""
+    layer_pattern: tuple[Literal["sliding", "full"], ...] = ()
+    """Which layers slide, repeated over all of them; empty: all, if there is a
+    window."""
+    local_rope_theta: float | None = None
+    """`rope_theta` of sliding layers, never scaled (Gemma 3); None: the same."""
+    lora: Lora | None = None
+    """Factors beside weights, which alone are trained."""
     source: str = ""
 
     def check(self) -> ModelSpec:
@@ -85,15 +138,72 @@ class ModelSpec(Artefact):
                 f"model {self.name}: head_dim = {self.head_dim} is odd; "
                 "RoPE rotates pairs."
             )
+        self._check_window()
+        self._check_lora()
         return self
+
+    def _check_window(self) -> None:
+        if self.sliding_window is None and "sliding" in self.layer_pattern:
+            raise ConfigError(
+                f"model {self.name}: layer_pattern has sliding layers, and "
+                "sliding_window does not say how far they see."
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(
+                f"model {self.name}: sliding_window = {self.sliding_window}; a token "
+                "sees at least itself."
+            )
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            return
+        unknown = [name for name in self.lora.targets if name not in LORA_TARGETS]
+        if unknown or not self.lora.targets:
+            raise ConfigError(
+                f"lora.targets = {list(self.lora.targets)}; choose among "
+                f"{', '.join(LORA_TARGETS)}."
+            )
+        if self.lora.rank < 1:
+            raise ConfigError(f"lora.rank = {self.lora.rank}; it must be at least 1.")
+        if self.num_experts and {"gate", "up", "down"} & set(self.lora.targets):
+            raise ConfigError(
+                f"model {self.name} has experts, which take no LoRA factors: choose "
+                "lora.targets among q, k, v, o."
+            )
+
+    @property
+    def is_sliding(self) -> tuple[bool, ...]:
+        """Whether each layer sees no further than the window."""
+        pattern = self.layer_pattern or (
+            ("full",) if self.sliding_window is None else ("sliding",)
+        )
+        return tuple(
+            pattern[layer % len(pattern)] == "sliding"
+            for layer in range(self.num_layers)
+        )
+
+    @property
+    def layer_period(self) -> int:
+        """After how many layers the pattern of `is_sliding` begins again."""
+        kinds = self.is_sliding
+        return next(
+            period
+            for period in range(1, self.num_layers + 1)
+            if all(kinds[i] == kinds[i % period] for i in range(self.num_layers))
+        )
 
     @property
     def num_params(self) -> int:
-        """Parameters in closed form: embeddings, attention, SwiGLU and norms."""
+        """Parameters in closed form: embeddings, attention, feed-forward and norms."""
         D, F, H = self.embed_dim, self.ffn_dim, self.head_dim
-        attention = D * H * (2 * self.num_heads + 2 * self.num_kv_heads)
-        attention += 2 * H * self.qk_norm
+        N, K = self.num_heads, self.num_kv_heads
+        attention = D * H * (2 * N + 2 * K) + 2 * H * self.qk_norm
+        attention += (N + 2 * K) * H * self.qkv_bias + D * self.out_bias
         ffn = 3 * D * F * max(1, self.num_experts) + D * self.num_experts
-        layer = attention + ffn + 2 * D
+        layer = attention + ffn + 2 * D * (1 + self.post_norms)
+        if self.lora is not None:
+            both = {"q": N * H, "k": K * H, "v": K * H, "o": N * H}
+            widths = (both.get(name, F) + D for name in self.lora.targets)
+            layer += self.lora.rank * sum(widths)
         tables = 1 if self.tied_embeddings else 2
         return self.num_layers * layer + tables * self.vocab_size * D + D

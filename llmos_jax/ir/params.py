@@ -23,6 +23,8 @@ class ParamRow:
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[str | None, ...]
+    is_frozen: bool = False
+    """Whether training leaves it as it is (the weights beside LoRA's factors)."""
 
     @property
     def size(self) -> int:
@@ -42,6 +44,11 @@ class ParamTable(Artefact):
     def num_params(self) -> int:
         """Parameters of the whole model."""
         return sum(row.size for row in self.rows)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Paths of what training changes."""
+        return tuple(row.path for row in self.rows if not row.is_frozen)
 
     @property
     def active_params(self) -> int:

@@ -12,6 +12,7 @@ from llmos_jax.models.annotate import (
 from llmos_jax.models.attention import token_order
 from llmos_jax.models.cache import KVCache, empty_cache
 from llmos_jax.models.decoder import Decoder, Pass, Stack
+from llmos_jax.models.layers import capped
 from llmos_jax.models.moe import Routing
 from llmos_jax.models.skeleton import Params, Skeleton, param_table, skeleton
 
@@ -28,6 +29,7 @@ __all__ = [
     "along",
     "annotate",
     "annotated_by",
+    "capped",
     "empty_cache",
     "mesh_axes_of",
     "param_table",

@@ -6,6 +6,7 @@ size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from flax import nnx
 
 from llmos_jax.ir import ModelSpec
 from llmos_jax.kernels.attention import (
+    Score,
     attention,
     context_attention,
     device_order,
@@ -24,7 +26,9 @@ from llmos_jax.kernels.attention import (
 )
 from llmos_jax.models.annotate import annotate, mesh_axes_of, per_shard, ways_of
 from llmos_jax.models.cache import KVCache, write
-from llmos_jax.models.layers import normal
+from llmos_jax.models.draw import normal
+from llmos_jax.models.layers import RMSNorm
+from llmos_jax.models.lora import factors_for
 from llmos_jax.models.project import project
 
 Angles = tuple[jax.Array, jax.Array]
@@ -48,6 +52,8 @@ class Sight(NamedTuple):
     """int32 document of each token; tokens see those of their own alone."""
     exchange: str = "ring"
     """How keys and values of a split sequence travel (ir/plan.py, EXCHANGES)."""
+    local_angles: Angles | None = None
+    """Of sliding layers, where they rotate otherwise."""
 
 
 def token_order(T: int) -> np.ndarray | None:
@@ -61,7 +67,11 @@ def token_order(T: int) -> np.ndarray | None:
 
 
 class Attention(nnx.Module):
-    """o(attend(rope(norm(q x)), rope(norm(k x)), v x)); norm only with `qk_norm`."""
+    """o(attend(rope(norm(q x)), rope(norm(k x)), v x)); norm only with `qk_norm`.
+
+    Where some layers of a model see a window and others all, the layer is told which it
+    is (`is_sliding`): one program holds both.
+    """
 
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         D, H = spec.embed_dim, spec.head_dim
@@ -71,16 +81,33 @@ class Attention(nnx.Module):
         self.v = normal(rngs, (D, K, H), D**-0.5, ("embed", "kv_heads", "head_dim"))
         out_scale = (2 * spec.num_layers * N * H) ** -0.5
         self.o = normal(rngs, (N, H, D), out_scale, ("heads", "head_dim", "embed"))
-        self.qk_norm = spec.qk_norm
-        if spec.qk_norm:
-            self.q_norm = HeadNorm(H, spec.norm_eps)
-            self.k_norm = HeadNorm(H, spec.norm_eps)
+        has_bias = spec.qkv_bias
+        self.q_bias = _bias((N, H), ("heads", "head_dim")) if has_bias else None
+        self.k_bias = _bias((K, H), ("kv_heads", "head_dim")) if has_bias else None
+        self.v_bias = _bias((K, H), ("kv_heads", "head_dim")) if has_bias else None
+        self.o_bias = _bias((D,), ("norm",)) if spec.out_bias else None
+        norm = functools.partial(
+            RMSNorm, H, spec.norm_eps, offset=spec.norm_offset, axis="head_dim"
+        )
+        # Over each head (Qwen3, arXiv 2505.09388, section 2).
+        self.q_norm = norm() if spec.qk_norm else None
+        self.k_norm = norm() if spec.qk_norm else None
+        D_, NH = {"embed": D}, {"heads": N, "head_dim": H}
+        KH = {"kv_heads": K, "head_dim": H}
+        self.q_lora = factors_for(spec, "q", D_, NH, rngs=rngs)
+        self.k_lora = factors_for(spec, "k", D_, KH, rngs=rngs)
+        self.v_lora = factors_for(spec, "v", D_, KH, rngs=rngs)
+        self.o_lora = factors_for(spec, "o", NH, D_, rngs=rngs)
+        self.kinds = frozenset(spec.is_sliding)
+        self.full = Score(softcap=spec.attention_softcap, scale=spec.attention_scale)
+        self.sliding = self.full._replace(window=spec.sliding_window)
 
     def __call__(
         self,
         x_BTD: jax.Array,
         sight: Sight,
         cache: KVCache | None = None,
+        is_sliding: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Attend; with a cache, write these keys first and attend to all of it.
 
@@ -88,24 +115,22 @@ class Attention(nnx.Module):
             x_BTD: normed activations.
             sight: where the tokens stand, and which of them see each other.
             cache: keys and values of earlier tokens, or None.
+            is_sliding: bool scalar; needed where layers differ.
         """
-        position_BT, angles = sight.position_BT, sight.angles
+        q_BTNH, k_BTKH, v_BTKH = self._projected(x_BTD)
+        sight = self._turned(sight, is_sliding)
+        position_BT = sight.position_BT
         is_split = bool(mesh_axes_of("seq", x_BTD.shape[1]))
-        q_BTNH = project(x_BTD, self.q[...], name="query")
-        k_BTKH = project(x_BTD, self.k[...], name="key")
-        v_BTKH = project(x_BTD, self.v[...], name="value")
-        q_BTNH = annotate(q_BTNH, "batch", "seq", "heads", "head_dim")
-        k_BTKH = annotate(k_BTKH, "batch", "seq", "kv_heads", "head_dim")
-        v_BTKH = annotate(v_BTKH, "batch", "seq", "kv_heads", "head_dim")
-        if self.qk_norm:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if cache is None and not (is_split and position_BT is not None):
             attend = _attend_over_devices if is_split else _rotate_and_attend
-            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, sight)
+            out_BTNH = self._seeing(
+                lambda score, q, k, v: attend(q, k, v, sight, score),
+                *(is_sliding, q_BTNH, k_BTKH, v_BTKH),
+            )
         else:
             assert sight.segment_BT is None, "a cache holds one document"
             assert not is_split or position_BT is not None, "give a cache positions"
-            q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
+            q_BTNH, k_BTKH = (rotate(x, sight.angles) for x in (q_BTNH, k_BTKH))
             keys, values = k_BTKH, v_BTKH
             if cache is not None:
                 start = jnp.int32(0) if position_BT is None else position_BT[0, 0]
@@ -114,28 +139,94 @@ class Attention(nnx.Module):
                 )
                 if position_BT is not None:
                     keys, values = cache
-            out_BTNH = _attend(q_BTNH, keys, values, position_BT)
+            out_BTNH = self._seeing(
+                lambda score, q, k, v: _attend(q, k, v, position_BT, score),
+                *(is_sliding, q_BTNH, keys, values),
+            )
         out_BTNH = annotate(out_BTNH, "batch", "seq", "heads", "head_dim")
-        return project(out_BTNH, self.o[...], name="out", contract=2), cache
+        out_BTD = project(
+            *(out_BTNH, self.o[...]),
+            name="out",
+            contract=2,
+            bias=_value(self.o_bias),
+            beside=self.o_lora,
+        )
+        return out_BTD, cache
+
+    def _projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, normed where the model norms them."""
+        q_BTNH = project(
+            *(x_BTD, self.q[...]),
+            name="query",
+            bias=_value(self.q_bias),
+            beside=self.q_lora,
+        )
+        k_BTKH = project(
+            *(x_BTD, self.k[...]),
+            name="key",
+            bias=_value(self.k_bias),
+            beside=self.k_lora,
+        )
+        v_BTKH = project(
+            *(x_BTD, self.v[...]),
+            name="value",
+            bias=_value(self.v_bias),
+            beside=self.v_lora,
+        )
+        q_BTNH = annotate(q_BTNH, "batch", "seq", "heads", "head_dim")
+        k_BTKH = annotate(k_BTKH, "batch", "seq", "kv_heads", "head_dim")
+        v_BTKH = annotate(v_BTKH, "batch", "seq", "kv_heads", "head_dim")
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        return q_BTNH, k_BTKH, v_BTKH
+
+    def _turned(self, sight: Sight, is_sliding: jax.Array | None) -> Sight:
+        """The sight of this layer, with its own angles."""
+        if sight.local_angles is None or True not in self.kinds:
+            return sight
+        if is_sliding is None:
+            return sight._replace(angles=sight.local_angles)
+        chosen = jax.tree.map(
+            lambda local, full: jnp.where(is_sliding, local, full),
+            sight.local_angles,
+            sight.angles,
+        )
+        return sight._replace(angles=chosen)
+
+    def _seeing(
+        self,
+        attend: Callable[..., jax.Array],
+        is_sliding: jax.Array | None,
+        *operands: jax.Array,
+    ) -> jax.Array:
+        """`attend(score, *operands)` as far as this layer sees."""
+        if len(self.kinds) == 1:
+            score = self.sliding if True in self.kinds else self.full
+            return attend(score, *operands)
+        assert is_sliding is not None, "layers differ: say which this is"
+        out_BTNH: jax.Array = jax.lax.cond(
+            is_sliding,
+            functools.partial(attend, self.sliding),
+            functools.partial(attend, self.full),
+            *operands,
+        )
+        return out_BTNH
 
 
-class HeadNorm(nnx.Module):
-    """RMSNorm over each head (Qwen3, arXiv 2505.09388, section 2), in float32."""
+def _bias(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, jnp.float32), out_sharding=axes)
 
-    def __init__(self, H: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones((H,), jnp.float32), out_sharding=("head_dim",))
-        self.epsilon = epsilon
 
-    def __call__(self, x_BTNH: jax.Array) -> jax.Array:
-        x32_BTNH = x_BTNH.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32_BTNH), axis=-1, keepdims=True)
-        scale_BTNH = self.scale[...].astype(jnp.float32)[None, None, None, :]
-        y_BTNH = x32_BTNH * jax.lax.rsqrt(mean_square + self.epsilon) * scale_BTNH
-        return y_BTNH.astype(x_BTNH.dtype)
+def _value(bias: nnx.Param | None) -> jax.Array | None:
+    return None if bias is None else bias[...]
 
 
 def _rotate_and_attend(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, sight: Sight
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    sight: Sight,
+    score: Score,
 ) -> jax.Array:
     """Each device rotates and attends its sequences and heads."""
 
@@ -143,14 +234,19 @@ def _rotate_and_attend(
         q: jax.Array, k: jax.Array, v: jax.Array, angles: Angles, tokens: Tokens
     ) -> jax.Array:
         return rotary_attention(
-            q, k, v, tokens.get("position"), angles, tokens.get("segment")
+            *(q, k, v, tokens.get("position"), angles, tokens.get("segment")),
+            score=score,
         )
 
     return _per_device(part, q_BTNH, k_BTKH, v_BTKH, sight)
 
 
 def _attend_over_devices(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, sight: Sight
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    sight: Sight,
+    score: Score,
 ) -> jax.Array:
     """Each device attends its tokens, in `token_order`, to those of others, too."""
     mesh_axes = mesh_axes_of("seq", q_BTNH.shape[1])
@@ -159,7 +255,9 @@ def _attend_over_devices(
         q: jax.Array, k: jax.Array, v: jax.Array, angles: Angles, tokens: Tokens
     ) -> jax.Array:
         q, k, segment = rotate(q, angles), rotate(k, angles), tokens.get("segment")
-        return context_attention(q, k, v, segment, mesh_axes, exchange=sight.exchange)
+        return context_attention(
+            q, k, v, segment, mesh_axes, exchange=sight.exchange, score=score
+        )
 
     return _per_device(part, q_BTNH, k_BTKH, v_BTKH, sight)
 
@@ -199,6 +297,7 @@ def _attend(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     position_BT: jax.Array | None,
+    score: Score,
 ) -> jax.Array:
     """Each device attends its sequences, heads and queries to all of their keys."""
     k_BSKH, v_BSKH, heads = _like_queries(q_BTNH.shape[2], k_BSKH, v_BSKH)
@@ -207,7 +306,7 @@ def _attend(
     def part(
         q: jax.Array, k: jax.Array, v: jax.Array, *position: jax.Array
     ) -> jax.Array:
-        return attention(q, k, v, position[0] if position else None)
+        return attention(q, k, v, position[0] if position else None, score=score)
 
     positions = () if position_BT is None else (position_BT,)
     out_BTNH: jax.Array = per_shard(

@@ -6,6 +6,7 @@ stacked along a leading `layers` axis, so a model of any depth compiles one bloc
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,40 +18,50 @@ from llmos_jax.ir import ModelSpec
 from llmos_jax.models.annotate import Axes, annotate
 from llmos_jax.models.attention import Attention, Sight, token_order
 from llmos_jax.models.cache import KVCache
-from llmos_jax.models.layers import Embedding, Head, RMSNorm, SwiGLU
+from llmos_jax.models.layers import Embedding, FeedForward, Head, RMSNorm, capped
 from llmos_jax.models.moe import MoE, Routing
 from llmos_jax.models.remat import rematerialised
-from llmos_jax.models.rope import rotary_angles
+from llmos_jax.models.rope import local_angles, rotary_angles
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """x + attention(norm(x)), then x + ffn(norm(x)); with `post_norms`, what is added
+    is normed too."""
 
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(spec.embed_dim, spec.norm_eps)
-        self.attention = Attention(spec, rngs=rngs)
-        self.ffn_norm = RMSNorm(spec.embed_dim, spec.norm_eps)
-        self.ffn: SwiGLU | MoE = (
-            MoE(spec, rngs=rngs)
-            if spec.num_experts
-            else SwiGLU(
-                spec.embed_dim, spec.ffn_dim, num_layers=spec.num_layers, rngs=rngs
-            )
+        norm = functools.partial(
+            RMSNorm, spec.embed_dim, spec.norm_eps, offset=spec.norm_offset
         )
+        self.attention_norm = norm()
+        self.attention = Attention(spec, rngs=rngs)
+        self.ffn_norm = norm()
+        self.ffn: FeedForward | MoE = (
+            MoE(spec, rngs=rngs) if spec.num_experts else FeedForward(spec, rngs=rngs)
+        )
+        self.attention_out_norm = norm() if spec.post_norms else None
+        self.ffn_out_norm = norm() if spec.post_norms else None
 
     def __call__(
         self,
         x_BTD: jax.Array,
         sight: Sight,
         cache: KVCache | None = None,
+        is_sliding: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[KVCache | None, Routing | None]]:
         normed_BTD = annotate(self.attention_norm(x_BTD), "batch", "seq", "embed")
-        out_BTD, cache = self.attention(normed_BTD, sight, cache)
-        x_BTD = annotate(x_BTD + out_BTD, "batch", "residual", "embed")
+        out_BTD, cache = self.attention(normed_BTD, sight, cache, is_sliding)
+        x_BTD = _added(x_BTD, out_BTD, self.attention_out_norm)
         made = self.ffn(annotate(self.ffn_norm(x_BTD), "batch", "seq", "embed"))
         out_BTD, routing = made if isinstance(made, tuple) else (made, None)
-        x_BTD = annotate(x_BTD + out_BTD, "batch", "residual", "embed")
+        x_BTD = _added(x_BTD, out_BTD, self.ffn_out_norm)
         return x_BTD, (cache, routing)
+
+
+def _added(x_BTD: jax.Array, out_BTD: jax.Array, norm: RMSNorm | None) -> jax.Array:
+    """The residual stream with what a block gives."""
+    if norm is not None:
+        out_BTD = norm(annotate(out_BTD, "batch", "residual", "embed"))
+    return annotate(x_BTD + out_BTD, "batch", "residual", "embed")
 
 
 class Stack(NamedTuple):
@@ -83,7 +94,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         self.spec = spec
-        self.embed = Embedding(spec.vocab_size, spec.embed_dim, rngs=rngs)
+        self.embed = Embedding(spec, rngs=rngs)
 
         @nnx.split_rngs(splits=spec.num_layers)
         @nnx.vmap(
@@ -93,7 +104,9 @@ class Decoder(nnx.Module):
             return Block(spec, rngs=rngs)
 
         self.layers = stack(rngs)
-        self.final_norm = RMSNorm(spec.embed_dim, spec.norm_eps)
+        self.final_norm = RMSNorm(
+            spec.embed_dim, spec.norm_eps, offset=spec.norm_offset
+        )
         if not spec.tied_embeddings:
             self.head = Head(spec.embed_dim, spec.vocab_size, rngs=rngs)
 
@@ -152,8 +165,13 @@ class Decoder(nnx.Module):
             order = token_order(T)
             counted_T = jnp.arange(T) if order is None else jnp.asarray(order)
             counted_BT = jnp.broadcast_to(counted_T[None, :], (B, T))
-        angles = rotary_angles(counted_BT, self.spec)
-        return Sight(position_BT, angles, segment_BT, exchange)
+        return Sight(
+            position_BT,
+            rotary_angles(counted_BT, self.spec),
+            segment_BT,
+            exchange,
+            local_angles(counted_BT, self.spec),
+        )
 
     def embedded(self, tokens_BT: jax.Array) -> jax.Array:
         """Return what the first layer takes: [B, T, D]."""
@@ -175,20 +193,35 @@ class Decoder(nnx.Module):
         """Send activations through the layers of a stack, one after another."""
 
         def body(
-            x_BTD: jax.Array, layer: tuple[nnx.State, KVCache | None]
+            x_BTD: jax.Array,
+            layer: tuple[nnx.State, KVCache | None, jax.Array | None],
         ) -> tuple[jax.Array, tuple[KVCache | None, Routing | None]]:
-            block = nnx.merge(stack.graph, layer[0])
+            state, cache, is_sliding = layer
+            block = nnx.merge(stack.graph, state)
             if "layer_input" in how.offload:
                 x_BTD = checkpoint_name(x_BTD, "layer_input")
-            return block(x_BTD, sight, layer[1])
+            return block(x_BTD, sight, cache, is_sliding)
 
         x_BTD, (cache, routing) = jax.lax.scan(
             rematerialised(body, how.remat, how.offload),
             x_BTD,
-            (stack.state, cache),
+            (stack.state, cache, self._kinds(stack)),
             unroll=how.unroll or 1,
         )
         return x_BTD, cache, routing
+
+    def _kinds(self, stack: Stack) -> jax.Array | None:
+        """Which layers of a stack slide, bool [l]; None where all are alike.
+
+        A part of the layers must begin where the pattern does: the planner sees to it.
+        """
+        spec = self.spec
+        if len(set(spec.is_sliding)) == 1:
+            return None
+        layers = jax.tree.leaves(stack.state)[0].shape[0]
+        whole = layers == spec.num_layers
+        assert whole or layers % spec.layer_period == 0, (layers, spec.layer_period)
+        return jnp.asarray(spec.is_sliding[:layers])
 
     def head_kernel(self) -> tuple[jax.Array, Axes]:
         """Return the weight that makes logits, and its axes: vocab first if tied."""
@@ -199,7 +232,8 @@ class Decoder(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return float32 [B, T, V] from features."""
         head = self.embed if self.spec.tied_embeddings else self.head
-        return annotate(head.logits(x_BTD), "batch", "seq", "vocab")
+        logits_BTV = annotate(head.logits(x_BTD), "batch", "seq", "vocab")
+        return capped(logits_BTV, self.spec.logit_softcap)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         return self.logits(self.features(tokens_BT)[0])

@@ -1,4 +1,5 @@
-"""The parts of a decoder block that are not attention: norm, SwiGLU, embedding, head.
+"""The parts of a decoder block that are not attention: norm, gated feed-forward,
+embedding, head.
 
 B sequences, T tokens, D model, F feed-forward, V vocabulary. Every parameter is born
 with its logical axes; parameters are float32 and compute follows the dtype they are
@@ -7,36 +8,47 @@ cast to.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmos_jax.ir import ModelSpec
 from llmos_jax.models.annotate import annotate
+from llmos_jax.models.draw import normal
 from llmos_jax.models.lookup import lookup
+from llmos_jax.models.lora import factors_for
 from llmos_jax.models.project import project
 
 
-def normal(
-    rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, axes: tuple[str, ...]
-) -> nnx.Param:
-    """A float32 parameter drawn from N(0, scale**2), truncated at 2 sigma."""
-    value = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
-    return nnx.Param(value * jnp.float32(scale), out_sharding=axes)
-
-
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32 (arXiv 1910.07467)."""
+    """x / rms(x) * scale, in float32 (arXiv 1910.07467); over the last dimension, of
+    tokens or of their heads."""
 
-    def __init__(self, dim: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), out_sharding=("norm",))
-        self.epsilon = epsilon
+    def __init__(
+        self, dim: int, epsilon: float, *, offset: bool = False, axis: str = "norm"
+    ):
+        """Begin as no more than a norm.
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x32_BTD = x_BTD.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
-        scale_BTD = self.scale[...].astype(jnp.float32)[None, None, :]
-        y_BTD = x32_BTD * jax.lax.rsqrt(mean_square + self.epsilon) * scale_BTD
-        return y_BTD.astype(x_BTD.dtype)
+        Args:
+            dim: size of the last dimension.
+            epsilon: added to the mean square.
+            offset: multiply by 1 + scale (Gemma), and let the scale begin at 0.
+            axis: the logical axis of `dim`.
+        """
+        fresh = jnp.zeros if offset else jnp.ones
+        self.scale = nnx.Param(fresh((dim,), jnp.float32), out_sharding=(axis,))
+        self.epsilon, self.offset = epsilon, offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the normed [B, T, ..., dim], in its dtype."""
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        scale = self.scale[...].astype(jnp.float32) + jnp.float32(self.offset)
+        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        y = x32 * jax.lax.rsqrt(mean_square + self.epsilon) * scale
+        return y.astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -64,29 +76,81 @@ def _swiglu_backward(
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+@jax.custom_vjp
+def geglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    """gelu(gate) * up, with gelu's tanh form (arXiv 1606.08415), keeping its inputs."""
+    return jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
 
-    def __init__(self, D: int, F: int, *, num_layers: int, rngs: nnx.Rngs):
+
+def _geglu_forward(
+    gate_BTF: jax.Array, up_BTF: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return geglu(gate_BTF, up_BTF), (gate_BTF, up_BTF)
+
+
+def _geglu_backward(
+    saved: tuple[jax.Array, jax.Array], dh_BTF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    gate_BTF, up_BTF = jax.lax.optimization_barrier(saved)
+    gelu_BTF, pull = jax.vjp(lambda x: jax.nn.gelu(x, approximate=True), gate_BTF)
+    (dgate_BTF,) = pull(dh_BTF * up_BTF)
+    return dgate_BTF, dh_BTF * gelu_BTF
+
+
+geglu.defvjp(_geglu_forward, _geglu_backward)
+
+GATED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "silu": swiglu,
+    "gelu_tanh": geglu,
+}
+"""ModelSpec.activation -> (gate, up) -> what goes into `down`."""
+
+
+class FeedForward(nnx.Module):
+    """down(activation(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+        D, F = spec.embed_dim, spec.ffn_dim
+        down_scale = (2 * spec.num_layers * F) ** -0.5
         self.gate = normal(rngs, (D, F), D**-0.5, ("embed", "ffn"))
         self.up = normal(rngs, (D, F), D**-0.5, ("embed", "ffn"))
-        self.down = normal(rngs, (F, D), (2 * num_layers * F) ** -0.5, ("ffn", "embed"))
+        self.down = normal(rngs, (F, D), down_scale, ("ffn", "embed"))
+        into, out = {"embed": D}, {"ffn": F}
+        self.gate_lora = factors_for(spec, "gate", into, out, rngs=rngs)
+        self.up_lora = factors_for(spec, "up", into, out, rngs=rngs)
+        self.down_lora = factors_for(spec, "down", out, into, rngs=rngs)
+        self.activation = spec.activation
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = project(x_BTD, self.gate[...], name="ffn_gate")
-        up_BTF = project(x_BTD, self.up[...], name="ffn_up")
-        h_BTF = annotate(swiglu(gate_BTF, up_BTF), "batch", "seq", "ffn")
-        return project(h_BTF, self.down[...], name="ffn_out")
+        gate_BTF = project(
+            x_BTD, self.gate[...], name="ffn_gate", beside=self.gate_lora
+        )
+        up_BTF = project(x_BTD, self.up[...], name="ffn_up", beside=self.up_lora)
+        h_BTF = GATED[self.activation](gate_BTF, up_BTF)
+        h_BTF = annotate(h_BTF, "batch", "seq", "ffn")
+        return project(h_BTF, self.down[...], name="ffn_out", beside=self.down_lora)
+
+
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap tanh(x / cap): scores or logits that stay below `cap` (Gemma 2, arXiv
+    2408.00118, section 2); None leaves them."""
+    return x if cap is None else jnp.tanh(x / cap) * cap
 
 
 class Embedding(nnx.Module):
     """Token table; also the output head where embeddings are tied."""
 
-    def __init__(self, V: int, D: int, *, rngs: nnx.Rngs):
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+        V, D = spec.vocab_size, spec.embed_dim
         self.table = normal(rngs, (V, D), 0.02, ("vocab", "embed"))
+        self.scale = D**0.5 if spec.scaled_embeddings else None
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return lookup(self.table[...], tokens_BT)
+        x_BTD = lookup(self.table[...], tokens_BT)
+        if self.scale is None:
+            return x_BTD
+        # Rounded to the dtype of activations first, as the model was trained with.
+        return x_BTD * jnp.asarray(self.scale, x_BTD.dtype)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return float32 logits [B, T, V] against the table."""

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llmos_jax.ir import ModelSpec
 from llmos_jax.kernels.grouped_matmul import grouped_matmul
 from llmos_jax.models.annotate import Stored, annotate, mesh_axes_of, per_shard
+from llmos_jax.models.draw import normal
 from llmos_jax.models.exchange import (
     arrived,
     bring,
@@ -32,7 +33,7 @@ from llmos_jax.models.exchange import (
     send,
     spread,
 )
-from llmos_jax.models.layers import normal, swiglu
+from llmos_jax.models.layers import swiglu
 
 _X_AXES = ("batch", "seq", None)
 

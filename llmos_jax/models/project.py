@@ -8,27 +8,46 @@ it. Written out, every product runs as it lies, or on a copy made in tiles.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 
 def project(
-    x: jax.Array, w: jax.Array, *, name: str = "projection", contract: int = 1
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    name: str = "projection",
+    contract: int = 1,
+    bias: jax.Array | None = None,
+    beside: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Contract the last `contract` dimensions of x with the first of w.
 
     Args:
         x: [B, T, *inside].
         w: [*inside, *outside].
-        name: what remat policies call the product (ir/plan.py, TENSORS).
+        name: what remat policies call the result (ir/plan.py, TENSORS).
         contract: how many dimensions `inside` has.
+        bias: [*outside], added to every token.
+        beside: what else is made of x and added (LoRA's factors).
 
     Returns:
         [B, T, *outside], in the dtype of x.
     """
+    y = product(x, w, contract)
+    if bias is not None:
+        y = y + bias[None, None]
+    if beside is not None:
+        y = y + beside(x)
+    return checkpoint_name(y, name)
+
+
+def product(x: jax.Array, w: jax.Array, contract: int) -> jax.Array:
+    """`project` without a name."""
     assert x.shape[2:] == w.shape[:contract], (x.shape, w.shape)
-    return checkpoint_name(_project(x, w, contract), name)
+    return _project(x, w, contract)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

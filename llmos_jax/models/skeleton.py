@@ -103,6 +103,11 @@ def _flatten(state: nnx.State) -> Params:
     }
 
 
+def _is_frozen(path: str, spec: ModelSpec | None) -> bool:
+    """With LoRA all but the factors are."""
+    return spec is not None and spec.lora is not None and "_lora." not in path
+
+
 def _table(name: str, module: nnx.Module, spec: ModelSpec | None) -> ParamTable:
     rows = []
     for path, leaf in sorted(nnx.to_flat_state(nnx.state(module, nnx.Param))):
@@ -121,6 +126,7 @@ def _table(name: str, module: nnx.Module, spec: ModelSpec | None) -> ParamTable:
                 shape=tuple(value.shape),
                 dtype=str(value.dtype),
                 axes=tuple(axes),
+                is_frozen=_is_frozen(dotted, spec),
             )
         )
     return ParamTable(name=name, rows=tuple(rows), spec=spec)

@@ -185,7 +185,7 @@ def ways_of(
 
     Args:
         mesh: a mesh of all devices.
-        layers: of the model.
+        layers: of the model, or patterns of layers: what a pipeline may cut between.
         share: sequences of the batch that each replica has.
         logit_bytes: float32 logits of one device for one sequence.
         head_bytes: the head of one device, gathered, in float32.

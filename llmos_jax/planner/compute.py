@@ -55,6 +55,9 @@ class Work:
     """Traffic of the logits, there and back."""
     saved: dict[str, float]
     """Traffic of keeping a tensor of ir.TENSORS and of fetching it again."""
+    gradients: int = 2
+    """Products that a product's backward pass has: by its input and by its weight, or
+    by the first alone where weights are frozen."""
 
     def layers_s(
         self, saved: frozenset[str], is_train: bool, is_stage_twice: bool = False
@@ -71,7 +74,7 @@ class Work:
         if not is_train:
             return once
         context = layers["context"]
-        backward = 2 * (once - context) + ATTENTION_BACKWARD * context
+        backward = self.gradients * (once - context) + ATTENTION_BACKWARD * context
         again = sum(
             seconds
             for name, seconds in layers.items()
@@ -81,7 +84,8 @@ class Work:
 
     def head_s(self, is_train: bool, is_head_twice: bool = False) -> float:
         """Seconds of the product that makes logits, and of its gradients."""
-        return self.forward["head"] * (3 + is_head_twice if is_train else 1)
+        passes = 1 + self.gradients + is_head_twice if is_train else 1
+        return self.forward["head"] * passes
 
     def between_s(
         self,
@@ -137,6 +141,7 @@ def work_of(
             name: share * fitted.kept * tokens * sizes.layers * width * byte_s
             for name, width in widths.items()
         },
+        gradients=1 if sizes.is_frozen else 2,
     )
 
 
@@ -211,7 +216,7 @@ def _attention_s(
 ) -> float:
     """Seconds per token of causal attention forward, in all layers."""
     width = sizes.query_width / layout.width_ways["heads"]
-    keys = (workload.seq_len + min(BLOCK, workload.seq_len)) / 2
+    keys = sizes.keys_seen(workload.seq_len, BLOCK)
     flops = 4 * sizes.layers * width * keys
     chip = topology.chip
     used = min(1.0, sizes.head_dim / chip.matmul_tile)

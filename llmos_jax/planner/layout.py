@@ -47,6 +47,8 @@ class Layout:
     width_axes: dict[str, Group]
     sharded: float
     """Parameters one device keeps."""
+    trained: float
+    """Of these, what has gradients and an optimizer's state."""
     unstaged: float
     """Of these, what every stage of a pipeline has: all but the layers. 0 without
     one."""
@@ -79,7 +81,7 @@ def lay_out(
     width_axes = _width_axes(rules, sizes, mesh)
     gathers: dict[Group, float] = {}
     sums: dict[Group, float] = {}
-    sharded = unstaged = gathered_layer = gathered_rest = 0.0
+    sharded = trained = unstaged = gathered_layer = gathered_rest = 0.0
     is_layer_gathered = False
     for row in table.rows:
         split = mesh_axes_in(specs[row.path])
@@ -92,11 +94,13 @@ def lay_out(
         size = row.size * _copies(row, specs[row.path], rules, mesh)
         used = size / _ways(set(split) - set(gathered), mesh)
         sharded += size / _ways(set(split), mesh)
+        if not row.is_frozen:
+            trained += size / _ways(set(split), mesh)
         if mesh.stage > 1 and "stage" not in split:
             unstaged += size / _ways(set(split), mesh)
         if gathered:
             gathers[gathered] = gathers.get(gathered, 0.0) + used
-        if summed:
+        if summed and not row.is_frozen:
             part = used / _ways(set(gathered), mesh)
             sums[summed] = sums.get(summed, 0.0) + part
         if "layers" in row.axes:
@@ -115,6 +119,7 @@ def lay_out(
         width_ways=_width_ways(width_axes, rules, sizes, mesh),
         width_axes=width_axes,
         sharded=sharded,
+        trained=trained,
         unstaged=unstaged,
         gathers=gathers,
         sums=sums,

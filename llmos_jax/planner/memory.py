@@ -207,18 +207,18 @@ def _train(
     whole_layers = sizes.layers if way.unrolled else 1
     stack = {
         "params": layout.sharded * param,
-        "optimizer": layout.sharded
+        "optimizer": layout.trained
         * workload.optimizer_moments
         * dtype_bytes(way.state_dtype),
         "cast weights": layout.sharded * compute * is_cast,
         **_replicas(layout, workload),
         **_waiting(layout, way, sizes, n, compute),
     }
-    summed = layout.sharded * dtype_bytes(way.gradient_dtype)
+    summed = layout.trained * dtype_bytes(way.gradient_dtype)
     accumulated = fitted.accumulated * summed if way.microbatches > 1 else 0.0
     layers = sizes.layers / layout.mesh.stage
     activations = (_microbatches_kept(way) * layers * kept + 2 * away) * n
-    gradients = layout.sharded * compute + accumulated
+    gradients = layout.trained * compute + accumulated
     table = sizes.embed * sizes.vocab / layout.width_ways["vocab"]
     moments: list[Memory] = [
         {

@@ -174,6 +174,8 @@ def _keep_divisible(
         idle = [axis for axis, n in mesh.sizes.items() if n > 1 and axis not in useful]
         if idle:
             reason = f"no rule: nothing is split over {idle[0]}={mesh.sizes[idle[0]]}"
+        elif unseen := _unseen(mesh, job):
+            reason = unseen
         elif _is_alone(mesh, job) and len(meshes) > 1:
             reason = "sync: one replica (data=1) has nobody to agree with"
         elif uncovered := _uncovered(mesh, job):
@@ -190,6 +192,26 @@ def _keep_divisible(
             continue
         lost.append(Rejected(mesh=str(mesh), reason=reason))
     return kept, lost
+
+
+def _unseen(mesh: MeshShape, job: Job) -> str:
+    """Why layers that see no further than a window cannot run on a mesh; empty if they
+    can, or if there are none."""
+    spec = job.table.spec
+    if spec is None or spec.sliding_window is None:
+        return ""
+    if mesh.context > 1 and spec.sliding_window < job.workload.seq_len:
+        return (
+            f"context: layers see {spec.sliding_window} tokens, and no kernel passes "
+            "part of a split sequence on; nearest: context=1"
+        )
+    parts = mesh.stage * (job.pins.rounds or 1)
+    if mesh.stage > 1 and spec.num_layers % (parts * job.sizes.period):
+        return (
+            f"stage: layers repeat a pattern of {job.sizes.period}, and "
+            f"{spec.num_layers} of them in {parts} parts do not; nearest: stage=1"
+        )
+    return ""
 
 
 def _is_alone(mesh: MeshShape, job: Job) -> bool:
@@ -244,7 +266,7 @@ def _expand(
         head = 4.0 * job.sizes.embed * job.sizes.vocab / layout.width_ways["vocab"]
         for group in ways_of(
             layout.mesh,
-            job.sizes.layers,
+            job.sizes.layers // job.sizes.period,
             share,
             logits,
             head,

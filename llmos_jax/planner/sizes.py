@@ -61,6 +61,14 @@ class Sizes:
     experts_per_token: int = 0
     normed_heads: bool = False
     """Whether q and k are normalised (Qwen3)."""
+    window: int | None = None
+    """Tokens that a sliding layer sees; None: no layer slides."""
+    sliding: int = 0
+    """Layers that slide."""
+    period: int = 1
+    """Layers after which their pattern begins again: a pipeline cuts between."""
+    is_frozen: bool = False
+    """Whether most weights have no gradient (LoRA)."""
     products: tuple[Product, ...] = ()
 
     def __hash__(self) -> int:
@@ -76,6 +84,23 @@ class Sizes:
     def kv_width(self) -> int:
         """K * H, of keys or of values."""
         return self.kv_heads * self.head_dim
+
+    def keys_seen(self, tokens: int, block: int = 0) -> float:
+        """Keys that a query of a causal sequence sees, on average over its tokens and
+        over layers: half of them, in a sliding layer at most the window.
+
+        Args:
+            tokens: of the sequence.
+            block: keys that a kernel makes scores of at once; those of blocks that are
+                seen in part count whole.
+        """
+        extra = min(block, tokens)
+        full = (tokens + extra) / 2
+        if self.window is None or self.window >= tokens:
+            return full
+        W = self.window
+        near = min(full, W - W * W / (2 * tokens) + extra)
+        return (self.sliding * near + (self.layers - self.sliding) * full) / self.layers
 
 
 def sizes_of(table: ParamTable) -> Sizes:
@@ -98,6 +123,10 @@ def sizes_of(table: ParamTable) -> Sizes:
         experts=axes.get("experts", 0),
         experts_per_token=_chosen(table) if "experts" in axes else 0,
         normed_heads=table.spec is not None and table.spec.qk_norm,
+        window=None if table.spec is None else table.spec.sliding_window,
+        sliding=0 if table.spec is None else sum(table.spec.is_sliding),
+        period=1 if table.spec is None else table.spec.layer_period,
+        is_frozen=any(row.is_frozen for row in table.rows),
         products=_products(table),
     )
 
@@ -107,16 +136,20 @@ def model_flops(sizes: Sizes, workload: Workload) -> float:
 
     Forward: 2 N per token, and per layer 4 N H per token and key it sees: on average
     half of T, under the causal mask as over the life of a sequence that is decoded.
-    Training triples that: 6 N + 6 L N H T per token (scaling-book, transformers.md).
+    Training triples that: 6 N + 6 L N H T per token (scaling-book, transformers.md);
+    frozen weights have no gradient, which leaves 4 N.
     """
     products = 2 * sizes.matmul_params * workload.tokens
-    forward = products + attention_flops(sizes, workload)
-    return forward * (3 if workload.phase == "train" else 1)
+    attention = attention_flops(sizes, workload)
+    if workload.phase != "train":
+        return products + attention
+    return products * (2 if sizes.is_frozen else 3) + attention * 3
 
 
 def attention_flops(sizes: Sizes, workload: Workload) -> float:
     """The attention part of one causal forward pass, over all devices."""
-    per_token = 4 * sizes.layers * sizes.query_width * workload.seq_len / 2
+    keys = sizes.keys_seen(workload.seq_len)
+    per_token = 4 * sizes.layers * sizes.query_width * keys
     return workload.tokens * per_token
 
 
@@ -130,7 +163,7 @@ def _products(table: ParamTable) -> tuple[Product, ...]:
             for axis, size in zip(row.axes, row.shape, strict=True)
             if axis not in ("layers", "experts")
         ]
-        if len(kept) < 2 or _is_lookup(row, table):
+        if len(kept) < 2 or _is_lookup(row, table) or _is_beside(row):
             continue
         ends_in_embed = kept[-1][0] == "embed"
         cut = len(kept) - 1 if ends_in_embed else 1
@@ -176,6 +209,12 @@ def _chosen(table: ParamTable) -> int:
 
 def _size(row: ParamRow, axis: str) -> int:
     return row.shape[row.axes.index(axis)] if axis in row.axes else 1
+
+
+def _is_beside(row: ParamRow) -> bool:
+    """Whether a row is no weight of a product: LoRA's factors are too thin to count by
+    themselves, a bias is added."""
+    return None in row.axes or row.path.endswith("_bias")
 
 
 def _lookup_params(table: ParamTable) -> int:

@@ -7,6 +7,15 @@ from llmos_jax.training.local import LocalState, local_replicas, replica_bytes_p
 from llmos_jax.training.loop import Hooks, Outcome, Pace, run
 from llmos_jax.training.loss import tiled_loss, token_losses
 from llmos_jax.training.optimizer import learning_rate, make_optimizer
+from llmos_jax.training.scorer import (
+    Distance,
+    Scorer,
+    Windows,
+    distance,
+    open_comparison,
+    open_scorer,
+    said_now_and_then,
+)
 from llmos_jax.training.session import (
     Session,
     bits_per_byte,
@@ -17,26 +26,33 @@ from llmos_jax.training.step import TrainState, init_state, mean_loss, train_ste
 from llmos_jax.training.summary import summarise
 
 __all__ = [
+    "Distance",
     "Hooks",
     "LocalState",
     "Outcome",
     "Pace",
     "RunFolder",
     "Score",
+    "Scorer",
     "Session",
     "TrainState",
+    "Windows",
     "bits_per_byte",
     "conduct",
+    "distance",
     "init_state",
     "learning_rate",
     "local_replicas",
     "lower_train_step",
     "make_optimizer",
     "mean_loss",
+    "open_comparison",
     "open_folder",
+    "open_scorer",
     "open_session",
     "replica_bytes_per_step",
     "run",
+    "said_now_and_then",
     "score_step",
     "summarise",
     "tiled_loss",

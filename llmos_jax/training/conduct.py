@@ -17,7 +17,7 @@ from llmos_jax.telemetry import MetricsWriter, TrainProgress
 from llmos_jax.training.folder import RunFolder
 from llmos_jax.training.local import local_replicas
 from llmos_jax.training.loop import Hooks, Outcome, Pace, run
-from llmos_jax.training.session import Session, bits_per_byte
+from llmos_jax.training.session import Origin, Session, bits_per_byte
 from llmos_jax.training.step import TrainState
 from llmos_jax.units import format_seconds
 
@@ -27,10 +27,19 @@ def conduct(
     text: PreparedText,
     folder: RunFolder,
     *,
+    origin: Origin | None = None,
     say: Callable[[str], None],
     is_first: bool,
 ) -> Outcome:
     """Train to `train.steps` (or the clock, or a signal), saving as configured.
+
+    Args:
+        session: what to train.
+        text: what to train on.
+        folder: where; a checkpoint in it is gone on from.
+        origin: whose weights a new run begins with; None draws them.
+        say: writes a line.
+        is_first: whether this process speaks and writes for all.
 
     Raises:
         CheckpointError: the folder's checkpoint is of another model, or damaged; there
@@ -52,6 +61,9 @@ def conduct(
         say(f"resuming from step {start} in {folder.path}")
         state = session.restore(folder.store, start)
         source.set_state(folder.store.manifest(start).data)
+    elif origin is not None:
+        say(f"beginning with the weights of {session.config.model}")
+        state = session.begin_with(origin)
     else:
         state = session.fresh()
     say(f"compiled the training step in {format_seconds(session.program.compile())}")

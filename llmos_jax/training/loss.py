@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmos_jax.models import Axes, Stored, mesh_axes_of, per_shard
+from llmos_jax.models import Axes, Stored, capped, mesh_axes_of, per_shard
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -36,50 +36,56 @@ def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return log_sum_BT - chosen_BT1[:, :, 0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+class Tiling(NamedTuple):
+    """How logits are made, and in which parts."""
+
+    axes: Axes
+    """Of the head's weight: ("embed", "vocab") or the other way round."""
+    tiles: int
+    """Parts the tokens or the vocabulary of a device are cut into; the next larger
+    number that divides them is taken."""
+    over: str = "tokens"
+    """`tokens` or `vocab`."""
+    softcap: float | None = None
+    """Logits z become c tanh(z / c)."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def tiled_loss(
     x_BTD: jax.Array,
     kernel: jax.Array,
     targets_BT: jax.Array,
-    axes: Axes,
-    tiles: int,
-    over: str = "tokens",
+    weights_BT: jax.Array | None,
+    tiling: Tiling,
 ) -> jax.Array:
-    """Return the mean of `token_losses` without ever making all logits.
+    """Return the mean of weighted `token_losses` without ever making all logits.
 
     Args:
         x_BTD: features before the head.
         kernel: the head's weight, [D, V] or [V, D].
         targets_BT: int32 token ids.
-        axes: the logical axes of `kernel`: ("embed", "vocab") or the other way round.
-        tiles: parts the tokens or the vocabulary of a device are cut into; the next
-            larger number that divides them is taken.
-        over: `tokens` or `vocab`.
+        weights_BT: float32, what each token's loss is multiplied with; None: 1.
+        tiling: how.
     """
-    return _with_gradients(x_BTD, kernel, targets_BT, axes, tiles, over)[0]
+    return _with_gradients(x_BTD, kernel, targets_BT, weights_BT, tiling)[0]
 
 
 def _forward(
     x_BTD: jax.Array,
     kernel: jax.Array,
     targets_BT: jax.Array,
-    axes: Axes,
-    tiles: int,
-    over: str,
+    weights_BT: jax.Array | None,
+    tiling: Tiling,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    loss, *gradients = _with_gradients(x_BTD, kernel, targets_BT, axes, tiles, over)
+    loss, *gradients = _with_gradients(x_BTD, kernel, targets_BT, weights_BT, tiling)
     return loss, (gradients[0], gradients[1])
 
 
 def _backward(
-    axes: Axes,
-    tiles: int,
-    over: str,
-    saved: tuple[jax.Array, jax.Array],
-    dloss: jax.Array,
-) -> tuple[jax.Array, jax.Array, None]:
+    tiling: Tiling, saved: tuple[jax.Array, jax.Array], dloss: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
     dx_BTD, dkernel = (part * dloss.astype(part.dtype) for part in saved)
-    return dx_BTD, dkernel, None
+    return dx_BTD, dkernel, None, None
 
 
 tiled_loss.defvjp(_forward, _backward)
@@ -89,31 +95,31 @@ def _with_gradients(
     x_BTD: jax.Array,
     kernel: jax.Array,
     targets_BT: jax.Array,
-    axes: Axes,
-    tiles: int,
-    over: str,
+    weights_BT: jax.Array | None,
+    tiling: Tiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean loss, and its gradients by features and by kernel."""
-    if axes[0] == "vocab":
-        flipped = (axes[1], axes[0])
+    if tiling.axes[0] == "vocab":
+        flipped = tiling._replace(axes=(tiling.axes[1], tiling.axes[0]))
         loss, dx_BTD, dkernel = _with_gradients(
-            x_BTD, kernel.T, targets_BT, flipped, tiles, over
+            x_BTD, kernel.T, targets_BT, weights_BT, flipped
         )
         return loss, dx_BTD, dkernel.T
-    one = {"tokens": _tokens_of_one_device, "vocab": _vocab_of_one_device}[over]
     body = functools.partial(
-        one,
+        _OF_ONE_DEVICE[tiling.over],
         where=_where(x_BTD, kernel),
-        tiles=tiles,
+        tiling=tiling,
         scale=1.0 / targets_BT.size,
     )
+    per_token = (targets_BT,) if weights_BT is None else (targets_BT, weights_BT)
     stored = Stored(("embed", "vocab"))
     losses, dx_BTD, dkernel_DV = per_shard(
         body,
-        x_BTD,
-        kernel,
-        targets_BT,
-        in_axes=(("batch", "seq", None), stored, ("batch", "seq")),
+        *(x_BTD, kernel, *per_token),
+        in_axes=(
+            *(("batch", "seq", None), stored),
+            *(("batch", "seq") for _ in per_token),
+        ),
         out_axes=(("batch",), ("batch", "seq", None), stored),
     )
     return jnp.sum(losses), dx_BTD, dkernel_DV
@@ -161,40 +167,42 @@ def _tokens_of_one_device(
     x_btD: jax.Array,
     kernel_dv: jax.Array,
     targets_bt: jax.Array,
-    *,
+    *weights: jax.Array,
     where: _Where,
-    tiles: int,
+    tiling: Tiling,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Loss [1], feature gradients [b, t, D], stored kernel gradients [d, v]."""
     kernel_Dv = _gathered(kernel_dv, where.gathered)
     D, v, n = x_btD.shape[-1], kernel_Dv.shape[1], targets_bt.size
-    tiles = _next_divisor(n, tiles)
+    tiles = _next_divisor(n, tiling.tiles)
     first = jax.lax.axis_index(where.vocab) * v if where.vocab else 0
 
     def tile(
-        sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]
+        sums: tuple[jax.Array, jax.Array],
+        part: tuple[jax.Array, jax.Array, jax.Array],
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        x_mD, targets_m = part
-        logits_mv = _product("mD,Dv->mv", x_mD, kernel_Dv)
+        x_mD, targets_m, scale_m = part
+        logits_mv = _logits("mD,Dv->mv", x_mD, kernel_Dv, tiling)
         seen = _seen(logits_mv, targets_m, first)
         loss_m, log_sum_m = _total(seen, where.vocab)
-        dlogits_mv = _dlogits(logits_mv, log_sum_m, targets_m, first, scale)
+        dlogits_mv = _dlogits(logits_mv, log_sum_m, targets_m, first, scale_m, tiling)
         dlogits_mv = dlogits_mv.astype(kernel_Dv.dtype)
         dx_mD = _product("mv,Dv->mD", dlogits_mv, kernel_Dv).astype(x_mD.dtype)
         dkernel_Dv = _product("mD,mv->Dv", x_mD, dlogits_mv)
-        summed = (sums[0] + jnp.sum(loss_m), sums[1] + dkernel_Dv)
+        summed = (sums[0] + jnp.sum(loss_m * scale_m), sums[1] + dkernel_Dv)
         return summed, _over(jax.lax.psum, dx_mD, where.vocab)
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros(kernel_Dv.shape, jnp.float32))
     parts = (
         x_btD.reshape(tiles, n // tiles, D),
         targets_bt.reshape(tiles, n // tiles),
+        _scales(targets_bt, weights, scale).reshape(tiles, n // tiles),
     )
     (loss, dkernel_Dv), dx_kmD = jax.lax.scan(tile, zero, parts)
     dkernel_dv = _scattered(dkernel_Dv.astype(kernel_Dv.dtype), where.gathered)
     dkernel_dv = _over(jax.lax.psum, dkernel_dv, where.summed)
-    loss = _over(jax.lax.psum, loss * jnp.float32(scale), where.seq)
+    loss = _over(jax.lax.psum, loss, where.seq)
     return loss[None], dx_kmD.reshape(x_btD.shape), dkernel_dv
 
 
@@ -205,9 +213,9 @@ def _vocab_of_one_device(
     x_btD: jax.Array,
     kernel_dv: jax.Array,
     targets_bt: jax.Array,
-    *,
+    *weights: jax.Array,
     where: _Where,
-    tiles: int,
+    tiling: Tiling,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Loss [1], feature gradients [b, t, D], stored kernel gradients [d, v].
@@ -216,8 +224,9 @@ def _vocab_of_one_device(
     gradients. The head is gathered, and its gradient scattered, tile by tile.
     """
     D, (d, v), n = x_btD.shape[-1], kernel_dv.shape, targets_bt.size
-    tiles = _next_divisor(v, tiles)
+    tiles = _next_divisor(v, tiling.tiles)
     width = v // tiles
+    scale_n = _scales(targets_bt, weights, scale)
     first = jax.lax.axis_index(where.vocab) * v if where.vocab else 0
     x_nD, targets_n = x_btD.reshape(n, D), targets_bt.reshape(n)
     kernel_kdw = jnp.moveaxis(kernel_dv.reshape(d, tiles, width), 1, 0)
@@ -225,7 +234,8 @@ def _vocab_of_one_device(
 
     def look(seen: Carry, part: tuple[jax.Array, jax.Array]) -> tuple[Carry, None]:
         kernel_dw, start = part
-        logits_nw = _product("nD,Dw->nw", x_nD, _gathered(kernel_dw, where.gathered))
+        kernel_Dw = _gathered(kernel_dw, where.gathered)
+        logits_nw = _logits("nD,Dw->nw", x_nD, kernel_Dw, tiling)
         return _joined(seen, _seen(logits_nw, targets_n, start)), None
 
     def derive(
@@ -233,8 +243,8 @@ def _vocab_of_one_device(
     ) -> tuple[jax.Array, jax.Array]:
         kernel_dw, start = part
         kernel_Dw = _gathered(kernel_dw, where.gathered)
-        logits_nw = _product("nD,Dw->nw", x_nD, kernel_Dw)
-        dlogits_nw = _dlogits(logits_nw, log_sum_n, targets_n, start, scale)
+        logits_nw = _logits("nD,Dw->nw", x_nD, kernel_Dw, tiling)
+        dlogits_nw = _dlogits(logits_nw, log_sum_n, targets_n, start, scale_n, tiling)
         dlogits_nw = dlogits_nw.astype(kernel_Dw.dtype)
         dx_nD += _product("nw,Dw->nD", dlogits_nw, kernel_Dw)
         dkernel_Dw = jnp.einsum("nD,nw->Dw", x_nD, dlogits_nw)
@@ -255,11 +265,27 @@ def _vocab_of_one_device(
     dx_nD = _over(jax.lax.psum, dx_nD.astype(x_btD.dtype), where.vocab)
     dkernel_dv = jnp.moveaxis(dkernel_kdw, 0, 1).reshape(d, v)
     dkernel_dv = _over(jax.lax.psum, dkernel_dv, where.summed)
-    loss = _over(jax.lax.psum, jnp.sum(loss_n) * jnp.float32(scale), where.seq)
+    loss = _over(jax.lax.psum, jnp.sum(loss_n * scale_n), where.seq)
     return loss[None], dx_nD.reshape(x_btD.shape), dkernel_dv
 
 
+_OF_ONE_DEVICE = {"tokens": _tokens_of_one_device, "vocab": _vocab_of_one_device}
+
+
 # --- one tile ---
+
+
+def _scales(
+    targets_bt: jax.Array, weights: tuple[jax.Array, ...], scale: float
+) -> jax.Array:
+    """What each token's loss is multiplied with, float32 [n]."""
+    if not weights:
+        return jnp.full((targets_bt.size,), scale, jnp.float32)
+    return weights[0].reshape(-1) * jnp.float32(scale)
+
+
+def _logits(formula: str, x: jax.Array, kernel: jax.Array, tiling: Tiling) -> jax.Array:
+    return capped(_product(formula, x, kernel), tiling.softcap)
 
 
 def _product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -298,11 +324,16 @@ def _dlogits(
     log_sum_m: jax.Array,
     targets_m: jax.Array,
     start: Any,
-    scale: float,
+    scale_m: jax.Array,
+    tiling: Tiling,
 ) -> jax.Array:
+    """The gradient by logits as the head gives them; `logits_mv` are capped."""
     is_target_mv = _is_target(targets_m, logits_mv.shape[1], start)
     p_mv = jnp.exp(logits_mv - log_sum_m[:, None])
-    return (p_mv - is_target_mv.astype(jnp.float32)) * jnp.float32(scale)
+    dlogits_mv = (p_mv - is_target_mv.astype(jnp.float32)) * scale_m[:, None]
+    if tiling.softcap is None:
+        return dlogits_mv
+    return dlogits_mv * (1 - jnp.square(logits_mv / tiling.softcap))
 
 
 def _is_target(targets_m: jax.Array, v: int, start: Any) -> jax.Array:

@@ -30,9 +30,15 @@ def make_optimizer(
 
     `train.optimizer = "sgd"` leaves Adam and the decay out, and keeps no moments.
     Moments are computed in float32 and kept in `state_dtype` between steps. Decay
-    touches matrices only: a norm's scale has nothing to be regularised towards 0.
+    touches matrices only: a norm's scale or a bias has nothing to be regularised
+    towards 0. What is frozen has no moments; `init` takes all parameters, `update`
+    those that are trained.
     """
-    decayed = {row.path: "norm" not in row.axes for row in table.rows}
+    decayed = {
+        row.path: _is_matrix(row.path, row.axes)
+        for row in table.rows
+        if not row.is_frozen
+    }
     adam = (
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
@@ -50,7 +56,8 @@ def make_optimizer(
         )
 
     def init(params: optax.Params) -> optax.OptState:
-        return kept(inner.init(params), state_dtype)
+        trained = {path: params[path] for path in table.trained}
+        return kept(inner.init(trained), state_dtype)
 
     def update(
         gradients: optax.Updates,
@@ -63,3 +70,7 @@ def make_optimizer(
         return updates, kept(state, state_dtype)
 
     return optax.GradientTransformation(init, update)
+
+
+def _is_matrix(path: str, axes: tuple[str | None, ...]) -> bool:
+    return "norm" not in axes and not path.endswith(("_bias", "_norm.scale"))

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from llmos_jax.checkpoint import (
     check_same_replicas,
 )
 from llmos_jax.config.schema import RunConfig, SyncSection, TrainSection
-from llmos_jax.data import TokenFile, TrainBatches, evaluation_batches
+from llmos_jax.data import TokenFile, TrainBatches
 from llmos_jax.errors import LowerError
 from llmos_jax.ir import Plan
 from llmos_jax.lowering import (
@@ -31,14 +31,11 @@ from llmos_jax.lowering import (
     abstract,
     batch_sharding,
     device_mesh,
-    fetch,
-    global_array,
-    local_rows,
     lower,
     replicated,
 )
 from llmos_jax.models import Params, Skeleton
-from llmos_jax.training.evaluate import Score, score_step, total_score
+from llmos_jax.training.evaluate import Score
 from llmos_jax.training.local import (
     agreement,
     check_local,
@@ -49,7 +46,21 @@ from llmos_jax.training.local import (
 )
 from llmos_jax.training.optimizer import make_optimizer
 from llmos_jax.training.router import RouterWeights
+from llmos_jax.training.scorer import Scorer, Windows, open_scorer
 from llmos_jax.training.step import Batch, TrainState, init_state, train_step
+
+
+class Origin(Protocol):
+    """A model with weights, to begin with."""
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """What it is."""
+
+    def params(
+        self, shardings: dict[str, Any] | None = None, *, dtype: str | None = None
+    ) -> Params:
+        """Its parameters, on shardings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +75,7 @@ class Session:
     state_shape: TrainState
     """ShapeDtypeStructs with shardings."""
     program: Program
-    scorer: Program
-    """(params, batch with weights) -> nats, tokens, correct."""
+    scorer: Scorer
     agreement: Program | None
     """(state) -> state in which replicas that learn alone agree; None if they do after
     every step."""
@@ -73,8 +83,7 @@ class Session:
     @property
     def rows(self) -> list[int]:
         """Rows of each global batch that this process reads."""
-        shape = (self.plan.workload.global_batch, self.plan.workload.seq_len)
-        return local_rows(batch_sharding(self.plan, self.mesh), shape)
+        return self.scorer.places.rows
 
     @property
     def param_shardings(self) -> dict[str, Any]:
@@ -88,6 +97,28 @@ class Session:
             init_state, self.skeleton, self.optimizer, self.config.run.seed
         )
         return jax.jit(initialise, out_shardings=shardings)()
+
+    def begin_with(self, origin: Origin) -> TrainState:
+        """The first state, with the weights of a model that has some; what it has not
+        (LoRA's factors) is drawn from `run.seed`."""
+        shardings = self.param_shardings
+        theirs = {row.path for row in origin.skeleton.table.rows}
+        missing = [path for path in shardings if path not in theirs]
+        params = origin.params(
+            {path: x for path, x in shardings.items() if path in theirs},
+            dtype="float32",
+        )
+
+        def draw(key: jax.Array) -> Params:
+            drawn = self.skeleton.init(key)
+            return {path: drawn[path] for path in missing}
+
+        drawn = jax.jit(draw, out_shardings={path: shardings[path] for path in missing})
+        params = {**params, **drawn(jax.random.key(self.config.run.seed))}
+        moments = jax.tree.map(lambda leaf: leaf.sharding, self.state_shape.optimizer)
+        begun = jax.jit(self.optimizer.init, out_shardings=moments)(params)
+        counter = jax.device_put(jnp.int32(0), replicated(self.mesh))
+        return TrainState(counter, params, begun)
 
     def restore(self, store: CheckpointStore, step: int) -> TrainState:
         """Read a checkpoint of this model onto this mesh.
@@ -118,50 +149,33 @@ class Session:
         """Global device arrays of each batch of `source`, which reads `rows`."""
         rows = self.rows
         for local in source:
-            yield self._on_mesh(local, rows)
+            yield self.scorer.places.on_mesh(local, rows)
 
     def score(self, params: Params, tokens: TokenFile, limit: int | None) -> Score:
         """Score a text, all of it or its first `limit` batches."""
-        workload, rows = self.plan.workload, self.rows
-        found = evaluation_batches(
-            tokens,
-            seq_len=workload.seq_len,
-            batch=workload.global_batch,
-            limit=limit,
-            rows=rows,
-            document_mask=self.config.data.document_mask,
-        )
-        return total_score(
-            fetch(self.scorer(params, self._on_mesh(batch, rows))) for batch in found
-        )
-
-    def _on_mesh(self, local: dict[str, Any], rows: list[int]) -> Batch:
-        sharding = batch_sharding(self.plan, self.mesh)
-        count = self.plan.workload.global_batch
-        return {
-            name: global_array(value, rows, sharding, count)
-            for name, value in local.items()
-        }
+        return self.scorer.score(params, tokens, limit)
 
 
-def open_session(skeleton: Skeleton, plan: Plan, config: RunConfig) -> Session:
+def open_session(
+    skeleton: Skeleton, plan: Plan, config: RunConfig, *, is_chat: bool = False
+) -> Session:
     """Lower the training step of a plan for the devices that are here.
+
+    Args:
+        skeleton: the model.
+        plan: what to lower.
+        config: as of `lower_train_step`.
+        is_chat: whether only some tokens of the text are to be learnt.
 
     Raises:
         LowerError: the devices are not those the plan is for.
         ConfigError: replicas are to learn alone, and cannot.
     """
     mesh = device_mesh(plan)
-    program = lower_train_step(skeleton, plan, config, mesh)
+    program = lower_train_step(skeleton, plan, config, mesh, is_chat=is_chat)
     optimizer = _optimizer(skeleton, plan, config.train, config.sync)
-    scorer = lower(
-        "score_step",
-        score_step(skeleton, compute_dtype=config.train.compute_dtype, way=plan.way),
-        plan,
-        mesh,
-        (),
-        out_shardings=replicated(mesh),
-    )
+    windows = Windows(document_mask=config.data.document_mask)
+    scorer = open_scorer(skeleton, plan, config.train.compute_dtype, windows, mesh)
     state_shape = program.arguments[0]
     return Session(
         skeleton=skeleton,
@@ -177,7 +191,12 @@ def open_session(skeleton: Skeleton, plan: Plan, config: RunConfig) -> Session:
 
 
 def lower_train_step(
-    skeleton: Skeleton, plan: Plan, config: RunConfig, mesh: Mesh
+    skeleton: Skeleton,
+    plan: Plan,
+    config: RunConfig,
+    mesh: Mesh,
+    *,
+    is_chat: bool = False,
 ) -> Program:
     """Lower the training step of a plan for a mesh, whose devices need not be here.
 
@@ -186,6 +205,7 @@ def lower_train_step(
         plan: its workload says whether replicas learn alone, and for how long.
         config: the optimizers, the dtypes, and whether documents are masked.
         mesh: of the plan's shape.
+        is_chat: whether batches weigh their tokens, and hold conversations.
 
     Raises:
         LowerError: the plan is of another phase.
@@ -214,14 +234,20 @@ def lower_train_step(
         step = local_step(step, optimizer, every)
     size = (plan.workload.global_batch, plan.workload.seq_len)
     tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(plan, mesh))
-    arrays = ["inputs", "targets", *(["segments"] * config.data.document_mask)]
+    batch = dict.fromkeys(["inputs", "targets"], tokens)
+    if config.data.document_mask or is_chat:
+        batch["segments"] = tokens
+    if is_chat:
+        batch["weights"] = jax.ShapeDtypeStruct(
+            size, jnp.float32, sharding=tokens.sharding
+        )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shape)
     return lower(
         "train_step",
         step,
         plan,
         mesh,
-        (state_shape, dict.fromkeys(arrays, tokens)),
+        (state_shape, batch),
         out_shardings=(shardings, replicated(mesh)),
         donate=(0,),
     )
@@ -264,6 +290,8 @@ def _agreement(
 
 
 def bits_per_byte(score: Score, tokens: TokenFile) -> float:
-    """Bits per byte of a score over part of a text, by its share of the tokens."""
-    share = score.tokens / max(tokens.num_tokens - 1, 1)
+    """Bits per byte of a score over part of a text, by its share of the tokens that
+    count: of conversations, those of answers."""
+    counted = tokens.num_answer_tokens if tokens.is_chat else tokens.num_tokens - 1
+    share = score.tokens / max(counted or 0, 1)
     return score.nats / math.log(2) / (tokens.num_bytes * share)

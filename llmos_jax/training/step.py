@@ -16,7 +16,7 @@ import optax
 
 from llmos_jax.ir import Way
 from llmos_jax.models import Params, Pass, Routing, Skeleton, token_order
-from llmos_jax.training.loss import tiled_loss, token_losses
+from llmos_jax.training.loss import Tiling, tiled_loss, token_losses
 from llmos_jax.training.pipeline import Job, pipelined
 from llmos_jax.training.router import (
     NO_ROUTER_LOSS,
@@ -70,10 +70,14 @@ def train_step(
     """Return the function (state, batch) -> (state, metrics) that runs `way`.
 
     The metrics of a model with experts have its routers' beside `loss`, which is that
-    of the next token alone.
+    of the next token alone. Where a batch has "weights", it is the weighted mean. What
+    is frozen (beside LoRA's factors) has no gradient and stays as it is.
     """
 
-    def objective(params: Params, batch: Batch) -> tuple[jax.Array, Values]:
+    def objective(
+        trained: Params, frozen: Params, batch: Batch
+    ) -> tuple[jax.Array, Values]:
+        params = {**frozen, **trained}
         loss, routing = _mean_loss(skeleton, params, batch, compute_dtype, way)
         if routing is None:
             return loss, (loss, {})
@@ -82,7 +86,7 @@ def train_step(
 
     def value_and_grad(params: Params, batch: Batch) -> tuple[Values, Params]:
         both = jax.value_and_grad(objective, has_aux=True)
-        (_, values), gradients = both(params, batch)
+        (_, values), gradients = both(trained_of(skeleton, params), params, batch)
         return values, gradients
 
     figures = ROUTER_METRICS if skeleton.spec.num_experts else ()
@@ -98,12 +102,15 @@ def train_step(
             return pipelined(job, params, batch)
         zero = jnp.zeros((), jnp.float32)
         nothing = (zero, dict.fromkeys(figures, zero))
-        return accumulated(value_and_grad, params, batch, way, nothing)
+        trained = trained_of(skeleton, params)
+        return accumulated(value_and_grad, params, batch, way, nothing, trained)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (loss, others), gradients = whole(state.params, in_token_order(batch))
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        batch = in_token_order(_evened(batch))
+        (loss, others), gradients = whole(state.params, batch)
+        trained = trained_of(skeleton, state.params)
+        updates, moments = optimizer.update(gradients, state.optimizer, trained)
+        params = {**state.params, **optax.apply_updates(trained, updates)}
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **others}
         return TrainState(state.step + 1, params, moments), metrics
 
@@ -118,19 +125,34 @@ def _mean_loss(
     features_BTD, routing = model.routed_features(
         batch["inputs"], batch.get("segments"), how_of(way)
     )
-    return _head_loss(model, features_BTD, batch["targets"], way), routing
+    return _head_loss(model, features_BTD, batch, way), routing
 
 
 def _head_loss(
-    model: Any, features_BTD: jax.Array, targets_BT: jax.Array, way: Way
+    model: Any, features_BTD: jax.Array, batch: Batch, way: Way
 ) -> jax.Array:
+    targets_BT, weights_BT = batch["targets"], batch.get("weights")
     if way.loss_tiles == 1:
-        logits_BTV = model.logits(features_BTD)
-        return jnp.mean(token_losses(logits_BTV, targets_BT))
+        losses_BT = token_losses(model.logits(features_BTD), targets_BT)
+        return jnp.mean(losses_BT if weights_BT is None else losses_BT * weights_BT)
     kernel, axes = model.head_kernel()
-    return tiled_loss(
-        features_BTD, kernel, targets_BT, axes, way.loss_tiles, way.loss_over
-    )
+    tiling = Tiling(axes, way.loss_tiles, way.loss_over, model.spec.logit_softcap)
+    return tiled_loss(features_BTD, kernel, targets_BT, weights_BT, tiling)
+
+
+def trained_of(skeleton: Skeleton, params: Params) -> Params:
+    """The parameters that training changes."""
+    return {path: params[path] for path in skeleton.table.trained}
+
+
+def _evened(batch: Batch) -> Batch:
+    """Make the mean weight 1: plain means over parts of a batch then add up to the
+    weighted mean over all of it."""
+    if "weights" not in batch:
+        return batch
+    weights_BT = batch["weights"]
+    mean = jnp.maximum(jnp.mean(weights_BT), jnp.float32(1e-9))
+    return {**batch, "weights": weights_BT / mean}
 
 
 def in_token_order(batch: Batch) -> Batch:
@@ -159,12 +181,13 @@ def accumulated(
     batch: Batch,
     way: Way,
     nothing: Any = None,
+    trained: Params | None = None,
 ) -> tuple[Any, Params]:
     """Mean value and gradient over M equal parts of the batch, one after another.
 
     Row b goes to part b mod M, so each part keeps an equal share of every device's rows
     and no row moves. A value is a float32 scalar, or a tree of them with zeros like
-    `nothing`.
+    `nothing`; gradients are like `trained`, or like all parameters.
     """
     microbatches = way.microbatches
     if microbatches == 1:
@@ -183,10 +206,11 @@ def accumulated(
         return value, None
 
     dtype = jnp.dtype(way.gradient_dtype)
+    like = params if trained is None else trained
     zero = (
         jnp.zeros((), jnp.float32) if nothing is None else nothing,
-        jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params),
+        jax.tree.map(lambda x: jnp.zeros_like(x, dtype), like),
     )
     total, _ = jax.lax.scan(add, zero, jax.tree.map(parts, batch))
     mean = jax.tree.map(lambda x: x / microbatches, total)
-    return mean[0], jax.tree.map(lambda x, p: x.astype(p.dtype), mean[1], params)
+    return mean[0], jax.tree.map(lambda x, p: x.astype(p.dtype), mean[1], like)

@@ -19,7 +19,9 @@ from llmos_jax.data import (
     check_vocabulary,
     load_tokenizer,
     train_bpe,
+    trained,
 )
+from llmos_jax.data import pieces as pieces_room
 from llmos_jax.data import tokenizer as room
 from llmos_jax.errors import ConfigError, DataError
 
@@ -123,23 +125,23 @@ def test_stream_never_shows_half_a_character():
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-@pytest.mark.parametrize("rules", [room._SPLIT, GPT2_SPLIT], ids=["ours", "gpt2"])
+@pytest.mark.parametrize("rules", [trained.SPLIT, GPT2_SPLIT], ids=["ours", "gpt2"])
 @given(text=st.text(st.sampled_from("ab1 \n.'é"), max_size=120))
 def test_pieces_are_encoded_as_the_whole(rules, text):
-    size = room._PIECE_CHARACTERS
+    size = pieces_room._PIECE_CHARACTERS
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(rules), "isolated")
     try:
-        room._PIECE_CHARACTERS = 7
-        pieces = room.cut_pieces(text)
+        pieces_room._PIECE_CHARACTERS = 7
+        pieces = pieces_room.cut_pieces(text)
     finally:
-        room._PIECE_CHARACTERS = size
+        pieces_room._PIECE_CHARACTERS = size
     assert "".join(pieces) == text
     words = [word for piece in pieces for word, _ in split.pre_tokenize_str(piece)]
     assert words == [word for word, _ in split.pre_tokenize_str(text)]
 
 
 def test_long_text_is_cut():
-    assert len(room.cut_pieces("word " * 100_000)) == 8
+    assert len(pieces_room.cut_pieces("word " * 100_000)) == 8
 
 
 def foreign(*names):

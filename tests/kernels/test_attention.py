@@ -15,7 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from laws import Attend, assert_near, results
+from laws import (
+    Attend,
+    angles,
+    assert_close,
+    available,
+    definition,
+    documents,
+    inputs,
+    last_positions,
+    results,
+    square,
+)
 
 from llmos_jax.errors import ConfigError, LowerError
 from llmos_jax.kernels.attention import (
@@ -52,10 +63,6 @@ SOME_WHOLE = [
 ]
 """The larger ones take seconds each where a kernel is interpreted."""
 
-ABSOLUTE = 1e-6
-"""Beside entries of about 1: what two equal products may leave where one key is seen
-and the gradients of q and k are 0."""
-
 BFLOAT16_RELATIVE = 2e-2
 """Of the largest entry: weights and output are rounded to 8 bits, two to four times."""
 
@@ -78,49 +85,6 @@ def positioned(request: pytest.FixtureRequest) -> str:
     return available(request.param)
 
 
-def available(name: str) -> str:
-    if name == "cpu" and (reason := cpu.unavailable()):
-        pytest.skip(reason)
-    return name
-
-
-def inputs(shape: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, ...]:
-    """q, k, v and the cotangent of the output."""
-    B, T, S, N, K, H = shape
-    q, dout = jax.random.normal(key, (2, B, T, N, H))
-    k, v = jax.random.normal(jax.random.fold_in(key, 1), (2, B, S, K, H))
-    return q, k, v, dout
-
-
-def last_positions(shape: tuple[int, ...]) -> jax.Array:
-    """The T queries stand at the end of the S keys."""
-    B, T, S, *_ = shape
-    return jnp.broadcast_to(jnp.arange(S - T, S)[None, :], (B, T))
-
-
-def angles(B: int, T: int, H: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cos and sin of any angles."""
-    angle = jax.random.uniform(key, (B, T, H // 2), maxval=7.0)
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-assert_close = functools.partial(assert_near, absolute=ABSOLUTE)
-
-
-def definition(q, k, v, position, segment=None) -> np.ndarray:
-    """Written once more, in float64 and loops."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    B, T, N, H = q.shape
-    out, G = np.zeros((B, T, N, H)), N // k.shape[2]
-    for b, t, n in np.ndindex(B, T, N):
-        seen = np.arange(int(position[b, t]) + 1)
-        if segment is not None:
-            seen = seen[segment[b, seen] == segment[b, t]]
-        weights = np.exp(k[b, seen, n // G] @ q[b, t, n] / np.sqrt(H))
-        out[b, t, n] = weights / weights.sum() @ v[b, seen, n // G]
-    return out
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_is_the_weighted_mean_of_visible_values(
     positioned: str, shape: tuple[int, ...], key: jax.Array
@@ -140,12 +104,6 @@ def test_without_positions_query_t_stands_at_t(
     got = attention(q, k, v, None, implementation=implementation)
     expected = definition(q, k, v, last_positions(square(shape)))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def square(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """As many keys as queries."""
-    B, T, N, K, H = shape
-    return B, T, T, N, K, H
 
 
 def test_masked_slots_may_hold_anything(positioned: str, key: jax.Array) -> None:
@@ -172,14 +130,6 @@ def test_sequences_do_not_see_one_another(implementation: str, key: jax.Array) -
     together = results(lambda q, k, v: attend(q, k, v, None), *arrays)
     alone = results(lambda q, k, v: attend(q, k, v, None), *(x[1:2] for x in arrays))
     assert_close([x[1:2] for x in together], alone)
-
-
-def documents(shape: tuple[int, ...]) -> np.ndarray:
-    """Documents of 1, 2, 3, ... tokens, numbered from -1; others in each sequence."""
-    B, T = shape[:2]
-    numbers = np.repeat(np.arange(T), np.arange(1, T + 1))
-    rows = [numbers[7 * b : 7 * b + T] for b in range(B)]
-    return np.stack(rows).astype(np.int32) - 1
 
 
 @pytest.mark.parametrize("shape", SOME_WHOLE[:3])

@@ -18,6 +18,7 @@ from laws import assert_near as assert_close
 from llmos_jax.ir import EXCHANGES
 from llmos_jax.kernels.attention import (
     CONTEXT,
+    PLAIN,
     context,
     context_attention,
     device_order,
@@ -365,6 +366,6 @@ def test_parts_equal_their_definition(
 
 def test_splash_parts_leave_whole_blocks_unmasked() -> None:
     q = jax.ShapeDtypeStruct((1, 512, 4, 128), jnp.bfloat16)
-    block, kernel = splash._part_kernel(q, 512, False)
+    block, kernel = splash._part_kernel(q, 512, False, PLAIN)
     assert block == 512
     assert all(x is None for x in kernel.fwd_mask_info)

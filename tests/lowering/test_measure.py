@@ -8,7 +8,7 @@ from dataclasses import replace
 import jax
 import pytest
 
-from llmos_jax import driver, planner
+from llmos_jax import planner, resolve
 from llmos_jax.hardware import parse_topology
 from llmos_jax.ir import Workload
 from llmos_jax.lowering import local_topology, measured_topology
@@ -115,11 +115,11 @@ def test_simulated_devices_stay_nominal(cache):
     here = local_topology()
     assert measured_topology(here, counting) == here
     assert counting.times == 0
-    assert driver.resolve_topology(None) == here
+    assert resolve.resolve_topology(None) == here
 
 
 def test_what_was_named_is_not_measured(cache):
-    assert driver.resolve_topology("v5e:2x4") == V5E
+    assert resolve.resolve_topology("v5e:2x4") == V5E
 
 
 def test_the_devices_of_this_process_are_measured():

@@ -46,7 +46,35 @@ MOE = (
     .replace("num_kv_heads = 8", "num_kv_heads = 4")
     + "num_experts = 8\nexperts_per_token = 2\nqk_norm = true\n"
 )
-FILES = {"dense": DENSE, "moe": MOE}
+GEMMA = (
+    DENSE.replace("num_kv_heads = 8", "num_kv_heads = 4")
+    + """
+activation = "gelu_tanh"
+norm_offset = true
+post_norms = true
+scaled_embeddings = true
+qk_norm = true
+qkv_bias = true
+out_bias = true
+attention_scale = 0.25
+attention_softcap = 5.0
+logit_softcap = 8.0
+sliding_window = 6
+layer_pattern = ["sliding", "full"]
+local_rope_theta = 100.0
+"""
+)
+"""Everything that a Gemma, a Qwen or a Mistral has and a Llama has not."""
+LORA = (
+    DENSE
+    + """
+[lora]
+rank = 4
+alpha = 8.0
+targets = ["q", "k", "v", "o", "gate", "up", "down"]
+"""
+)
+FILES = {"dense": DENSE, "moe": MOE, "gemma": GEMMA, "lora": LORA}
 
 ONE_F_ONE_B = {"schedule": "1f1b"}
 CIRCULAR = {"schedule": "circular", "rounds": 2}
@@ -55,17 +83,19 @@ FULL, DOTS = {"remat": "full"}, {"remat": "dots"}
 TWO_SLICES = {"topology": "2*cpu:4"}
 
 QUICK = [
-    # one axis alone
-    ("dense", {"tensor": 8}, {}),
-    ("dense", {"context": 8}, {}),
-    ("moe", {"expert": 8}, {}),
     # schedules, sequence-parallel tensor, tiles of the loss, two slices
     ("dense", {"stage": 4, "fsdp": 2}, {"microbatches": 4, **ONE_F_ONE_B}),
     ("dense", {"stage": 2, "tensor": 4}, {"microbatches": 4, **CIRCULAR, **FULL}),
     ("dense", {"fsdp": 2, "context": 4}, {"loss_tiles": 4}),
     ("moe", {"data": 2, "expert": 4}, TWO_SLICES),
+    # sliding layers and what comes with them
+    ("gemma", {"fsdp": 2, "tensor": 4}, {"loss_tiles": 2}),
 ]
 THOROUGH = [
+    # one axis alone
+    ("dense", {"tensor": 8}, {}),
+    ("dense", {"context": 8}, {}),
+    ("moe", {"expert": 8}, {}),
     ("dense", {"stage": 8}, {"microbatches": 8}),
     ("dense", {"data": 8}, {}),
     ("dense", {"fsdp": 8}, {}),
@@ -94,6 +124,14 @@ THOROUGH = [
     ("moe", {"fsdp": 2, "expert": 2, "tensor": 2}, DOTS),
     # the loss in tiles
     ("dense", {"stage": 4, "tensor": 2}, {"microbatches": 4, "loss_tiles": 2}),
+    # sliding layers, frozen weights
+    ("gemma", {"stage": 4, "fsdp": 2}, {"microbatches": 4, **ONE_F_ONE_B}),
+    ("gemma", {"stage": 2, "data": 4}, {"microbatches": 4, **CIRCULAR, **FULL}),
+    ("gemma", {"fsdp": 8}, DOTS),
+    ("lora", {"stage": 2, "fsdp": 2, "tensor": 2}, {"microbatches": 4, **ONE_F_ONE_B}),
+    ("lora", {"fsdp": 4, "tensor": 2}, {"microbatches": 2, **FULL}),
+    ("lora", {"stage": 4, "data": 2}, {"microbatches": 4, **CIRCULAR}),
+    ("lora", {"context": 2, "tensor": 4}, {}),
     # two slices
     ("dense", {"data": 2, "fsdp": 4}, TWO_SLICES),
     ("dense", {"stage": 2, "fsdp": 4}, {"microbatches": 4, **TWO_SLICES, **CIRCULAR}),

@@ -16,7 +16,7 @@ import small
 from conftest import FLOAT32_RELATIVE
 from test_resume import SignalAt
 
-from llmos_jax import driver, models, training
+from llmos_jax import driver, models, resolve, training
 from llmos_jax.checkpoint import find_checkpoint
 from llmos_jax.config import load_config
 from llmos_jax.errors import ConfigError, PlanMismatch
@@ -239,7 +239,7 @@ def state_at(folder, texts, step):
     """A checkpoint's whole state: the anchor, the replicas and all moments."""
     config = small.config_of(texts)
     plan = driver.plan(config)
-    skeleton = models.skeleton(driver.resolve_model(config.model))
+    skeleton = models.skeleton(resolve.spec_of(config))
     session = training.open_session(skeleton, plan, config)
     return session.restore(find_checkpoint(str(folder)).store, step)
 

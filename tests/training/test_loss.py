@@ -17,7 +17,7 @@ from llmos_jax.lowering import MeshSharder, device_mesh
 from llmos_jax.models import annotated_by
 from llmos_jax.planner import plan
 from llmos_jax.rules import resolve_weight
-from llmos_jax.training.loss import tiled_loss
+from llmos_jax.training.loss import Tiling, tiled_loss
 
 B, T, D, V = 4, 6, 16, 32
 TIED = ("vocab", "embed")
@@ -62,7 +62,9 @@ def both(axes, tiles, over, dtype="float32", weight=1.0):
 
     return (
         found(lambda x, w: whole(x, w, targets_BT, axes)),
-        found(lambda x, w: tiled_loss(x, w, targets_BT, axes, tiles, over)),
+        found(
+            lambda x, w: tiled_loss(x, w, targets_BT, None, Tiling(axes, tiles, over))
+        ),
     )
 
 
@@ -104,12 +106,35 @@ def test_in_bfloat16_tiles_err_no_more_than_bfloat16_does(axes, over):
 
 
 @OVER
+@HEADS
+def test_capped_logits_and_weighted_tokens_are_the_same_in_tiles(axes, over):
+    x_BTD, kernel, targets_BT = inputs(axes)
+    weights_BT = jnp.arange(B * T, dtype=jnp.float32).reshape(B, T) % 3
+    formula = "BTD,VD->BTV" if axes == TIED else "BTD,DV->BTV"
+
+    def plainly(x, w):
+        logits_BTV = 5.0 * jnp.tanh(jnp.einsum(formula, x, w) / 5.0)
+        return jnp.mean(training.token_losses(logits_BTV, targets_BT) * weights_BT)
+
+    def tiled(x, w):
+        return tiled_loss(x, w, targets_BT, weights_BT, Tiling(axes, 4, over, 5.0))
+
+    one, other = (
+        jax.jit(jax.value_and_grad(loss, (0, 1)))(x_BTD, kernel)
+        for loss in (plainly, tiled)
+    )
+    assert float(other[0]) == pytest.approx(float(one[0]), rel=FLOAT32_RELATIVE)
+    for made, wanted in zip(other[1], one[1]):
+        np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=GRADIENT_ABSOLUTE)
+
+
+@OVER
 def test_a_loss_of_huge_logits_is_finite_in_tiles(over):
     x_BTD = jnp.full((1, 2, D), 1e3)
     kernel = jnp.asarray([[1.0] * D, [-1.0] * D])
     targets_BT = jnp.asarray([[1, 0]], jnp.int32)
     value, (dx_BTD, _) = jax.value_and_grad(tiled_loss, (0, 1))(
-        x_BTD, kernel, targets_BT, TIED, 2, over
+        x_BTD, kernel, targets_BT, None, Tiling(TIED, 2, over)
     )
     assert float(value) == pytest.approx(2e3 * D / 2, rel=FLOAT32_RELATIVE)
     assert np.isfinite(dx_BTD).all()
@@ -128,7 +153,9 @@ def test_tiles_never_hold_all_logits(over):
 
     logits = 4 * 8 * 128 * 1024
     plain = temp_bytes(lambda x, w, y: whole(x, w, y, TIED))
-    tiled = temp_bytes(lambda x, w, y: tiled_loss(x, w, y, TIED, 16, over))
+    tiled = temp_bytes(
+        lambda x, w, y: tiled_loss(x, w, y, None, Tiling(TIED, 16, over))
+    )
     assert plain.temp_size_in_bytes >= logits
     assert tiled.temp_size_in_bytes < logits / 3
 
@@ -191,7 +218,7 @@ def test_tiles_on_a_mesh_give_what_one_device_gives(tiny, mesh, axes, over):
     rows, stored = jax.P(("data", "fsdp")), jax.P(*spec)
 
     def loss(x, w, y):
-        return tiled_loss(x, w, y, axes, 3, over)
+        return tiled_loss(x, w, y, None, Tiling(axes, 3, over))
 
     step = under(
         found,

@@ -191,6 +191,7 @@ def texts(small_model, text_file):
     return of
 
 
+@pytest.mark.slow
 def test_a_run_on_a_pinned_way_trains_checkpoints_and_resumes(tmp_path, texts):
     """Halved and resumed it is the run that was not, bit for bit."""
     straight, halves = tmp_path / "straight", tmp_path / "halves"

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmos_jax import driver, models
+from llmos_jax import driver, models, resolve
 from llmos_jax.config import load_config
 from llmos_jax.errors import DoesNotFit, LlmosError
 from llmos_jax.lowering.verify import PROBE_EFFORT
@@ -90,7 +90,7 @@ def _run(name: str, full_effort: bool) -> dict[str, Any]:
         "step_s": chosen.predicted.step_s,
         "mfu": chosen.predicted.mfu,
     }
-    skeleton = models.skeleton(driver.resolve_model(config.model))
+    skeleton = models.skeleton(resolve.spec_of(config))
     options = None if full_effort else PROBE_EFFORT
     started = time.perf_counter()
     try:

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmos_jax import driver, models
+from llmos_jax import driver, models, resolve
 from llmos_jax.config import RunConfig, load_config
 from llmos_jax.errors import DoesNotFit, LlmosError
 from llmos_jax.lowering.verify import PROBE_EFFORT
@@ -131,7 +131,7 @@ def _run(case: str, probe: bool, slow: bool, before: dict[str, Any]) -> dict[str
     for how in ("compile", *(["probe"] if probe else [])):
         if how in before:
             continue
-        skeleton = models.skeleton(driver.resolve_model(config.model))
+        skeleton = models.skeleton(resolve.spec_of(config))
         started = time.perf_counter()
         options = None if slow else PROBE_EFFORT
         try:

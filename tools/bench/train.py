@@ -50,14 +50,14 @@ def ours() -> dict[str, object]:
     import jax
     import numpy as np
 
-    from llmos_jax import driver, lowering, models, planner, training
+    from llmos_jax import driver, lowering, models, planner, resolve, training
     from llmos_jax.config import load_config
 
     sets = ["model=bench_29m", "topology=cpu:1", "train.compute_dtype=float32"]
     sets += [f"batch.global={BATCH}", f"batch.seq_len={SEQ_LEN}"]
     config = load_config(None, sets).config
     plan = driver.plan(config)
-    skeleton = models.skeleton(driver.resolve_model(config.model))
+    skeleton = models.skeleton(resolve.spec_of(config))
     session = training.open_session(skeleton, plan, config)
     tokens = np.random.default_rng(0).integers(0, 8192, (BATCH, SEQ_LEN + 1), np.int32)
     batch = {"inputs": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy()}

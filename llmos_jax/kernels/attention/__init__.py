@@ -6,11 +6,13 @@ from llmos_jax.kernels.attention.api import (
     rotary_attention,
 )
 from llmos_jax.kernels.attention.context import context_attention, device_order
-from llmos_jax.kernels.attention.reference import CONTEXT, rotate
+from llmos_jax.kernels.attention.reference import CONTEXT, PLAIN, Score, rotate
 
 __all__ = [
     "CONTEXT",
     "IMPLEMENTATIONS",
+    "PLAIN",
+    "Score",
     "attention",
     "context_attention",
     "device_order",

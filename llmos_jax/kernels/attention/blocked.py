@@ -5,8 +5,9 @@ H head size.
 
 Queries pass in blocks of at most BLOCK rows, and under each the keys in blocks of at
 most BLOCK, with a running maximum and sum (FlashAttention, arXiv 2205.14135): float32
-scores exist for B * N * BLOCK * BLOCK pairs at a time. The inner loop ends at the last
-key that any query of the block sees, so causal attention costs about half. The backward
+scores exist for B * N * BLOCK * BLOCK pairs at a time. The inner loop runs from the
+first to the last key that any query of the block sees: causal attention costs about
+half, and a sliding window less in proportion to its size. The backward
 pass keeps the output and the log-sum-exp of each row, both named CONTEXT for remat
 policies, and makes the scores again; dk and dv are summed in float32.
 
@@ -16,7 +17,7 @@ Any shape, dtype and position; no forward-mode differentiation.
 from __future__ import annotations
 
 import functools
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,15 @@ from jax.ad_checkpoint import checkpoint_name
 from llmos_jax.kernels.attention.reference import (
     CONTEXT,
     MASKED,
+    PLAIN,
+    Score,
     Segments,
     above_masked,
     einsum,
     hide_unseen,
     part_position,
     scores,
+    slope,
     whole,
 )
 
@@ -45,8 +49,18 @@ Arrays: TypeAlias = tuple[jax.Array, ...]
 Pair: TypeAlias = tuple[jax.Array, jax.Array]
 Operands: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array, Segments | None]
 """q, k, v, positions and segments, in whole blocks."""
-Blocks: TypeAlias = tuple[int, int]
-"""Query rows and keys in a block."""
+
+
+class Blocks(NamedTuple):
+    """What the tracer knows of a call."""
+
+    rows: int
+    """Queries in a block."""
+    columns: int
+    """Keys in a block."""
+    S: int
+    """Keys, without padding."""
+    score: Score
 
 
 def attention(
@@ -55,13 +69,15 @@ def attention(
     v_BSKH: jax.Array,
     position_BT: jax.Array | None,
     segment_BT: jax.Array | None = None,
+    *,
+    score: Score = PLAIN,
 ) -> jax.Array:
     """See `api.attention`."""
     B, T, N, H = q_BTNH.shape
     if position_BT is None:
         position_BT = whole(1, T)
     segments = None if segment_BT is None else (segment_BT, segment_BT)
-    operands, blocks = _in_blocks(q_BTNH, k_BSKH, v_BSKH, position_BT, segments)
+    operands, blocks = _in_blocks(q_BTNH, k_BSKH, v_BSKH, position_BT, segments, score)
     out_BTKGH = _blocked(*operands, blocks)
     return out_BTKGH[:, :T].reshape(B, T, N, H)
 
@@ -73,11 +89,12 @@ def forward_part(
     segments: Segments | None,
     *,
     causal: bool,
+    score: Score = PLAIN,
 ) -> tuple[jax.Array, jax.Array]:
     """See `reference.forward_part`."""
     B, T, N, H = q_BTNH.shape
     position_BT = part_position(T, k_BSKH.shape[1], causal)
-    operands, blocks = _in_blocks(q_BTNH, k_BSKH, v_BSKH, position_BT, segments)
+    operands, blocks = _in_blocks(q_BTNH, k_BSKH, v_BSKH, position_BT, segments, score)
     out_BTKGH, lse_BKGT = _forward(*operands, blocks)
     out_BTNH = out_BTKGH[:, :T].reshape(B, T, N, H)
     return hide_unseen(out_BTNH, lse_BKGT[..., :T].reshape(B, N, T))
@@ -93,13 +110,14 @@ def backward_part(
     segments: Segments | None,
     *,
     causal: bool,
+    score: Score = PLAIN,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `reference.backward_part`."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1], k_BSKH.shape[2]
     position_BT = part_position(T, S, causal)
-    operands, blocks = _in_blocks(q_BTNH, k_BSKH, v_BSKH, position_BT, segments)
-    rows = blocks[0]
+    operands, blocks = _in_blocks(q_BTNH, k_BSKH, v_BSKH, position_BT, segments, score)
+    rows = blocks.rows
     dout_BTKGH = _pad(dout_BTNH.reshape(B, T, K, N // K, H), rows)
     lse_BKGT, mean_BKGT = (
         _pad(x.reshape(B, K, N // K, T), rows, axis=3)
@@ -126,29 +144,32 @@ def _in_blocks(
     v_BSKH: jax.Array,
     position_BT: jax.Array,
     segments: Segments | None,
+    score: Score,
 ) -> tuple[Operands, Blocks]:
     """Group heads, and pad to whole blocks."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1], k_BSKH.shape[2]
-    # A padded key is at S or later, and no query stands there.
-    position_BT = jnp.minimum(position_BT.astype(jnp.int32), S - 1)
-    rows, columns = blocks = (_block(T, _SUBLANES), _block(S, _LANES))
+    rows, columns = _block(T, _SUBLANES), _block(S, _LANES)
     if segments is not None:
         segments = _pad(segments[0], rows), _pad(segments[1], columns)
     operands = (
         _pad(q_BTNH.reshape(B, T, K, N // K, H), rows),
         _pad(k_BSKH, columns),
         _pad(v_BSKH, columns),
-        _pad(position_BT, rows),
+        # Padded queries stand where the last one does: they lengthen no loop.
+        _pad(position_BT.astype(jnp.int32), rows, mode="edge"),
         segments,
     )
-    return operands, blocks
+    return operands, Blocks(rows, columns, S, score)
 
 
-def _pad(x: jax.Array, block: int, *, axis: int = 1) -> jax.Array:
-    """Pad an axis with zeros to a multiple of `block`."""
+def _pad(
+    x: jax.Array, block: int, *, axis: int = 1, mode: str = "constant"
+) -> jax.Array:
+    """Pad an axis to a multiple of `block`; with zeros, if `mode` says nothing else."""
     missing = -x.shape[axis] % block
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+    padding = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, padding, mode=mode)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -204,7 +225,7 @@ def _forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the output and the log-sum-exp [B, K, G, T]."""
     B, T, K, G, H = q_BTKGH.shape
-    rows, columns = blocks
+    rows, columns, score = blocks.rows, blocks.columns, blocks.score
 
     def query_block(_: None, i: jax.Array) -> tuple[None, Pair]:
         q, position = _slice(q_BTKGH, i, rows), _slice(position_BT, i, rows)
@@ -213,7 +234,7 @@ def _forward(
             top, total, sums = carry
             k, v = _slice(k_BSKH, j, columns), _slice(v_BSKH, j, columns)
             both = _meeting(segments, i, j, blocks)
-            block = scores(q, k, position - j * columns, both)
+            block = scores(q, k, position, both, score, _keys_at(j, blocks))
             new_top = jnp.maximum(top, jnp.max(block, axis=-1))
             fade = jnp.exp(top - new_top)
             weights = jnp.exp(block - new_top[..., None])
@@ -229,8 +250,8 @@ def _forward(
             jnp.zeros((B, K, G, rows), jnp.float32),
             jnp.zeros((B, K, G, rows, H), jnp.float32),
         )
-        end = _end(position, k_BSKH.shape[1], columns)
-        top, total, sums = jax.lax.fori_loop(0, end, key_block, start)
+        begin, end = _span(position, blocks)
+        top, total, sums = jax.lax.fori_loop(begin, end, key_block, start)
         out = jnp.moveaxis(sums / total[..., None], 3, 1).astype(v_BSKH.dtype)
         return None, (out, top + jnp.log(total))
 
@@ -256,8 +277,7 @@ def _backward(
         mean_BKGT: the gradient's mean over a row's weights: its output times `dout`.
     """
     B, T, K, G, H = q_BTKGH.shape
-    rows, columns = blocks
-    scale = jnp.float32(H**-0.5)
+    rows, columns, score = blocks.rows, blocks.columns, blocks.score
 
     def query_block(carry: Pair, i: jax.Array) -> tuple[Pair, jax.Array]:
         q, position = _slice(q_BTKGH, i, rows), _slice(position_BT, i, rows)
@@ -269,19 +289,19 @@ def _backward(
             dq, dk_BSKH, dv_BSKH = carry
             k, v = _slice(k_BSKH, j, columns), _slice(v_BSKH, j, columns)
             both = _meeting(segments, i, j, blocks)
-            block = scores(q, k, position - j * columns, both)
+            block = scores(q, k, position, both, score, _keys_at(j, blocks))
             weights = jnp.exp(block - lse[..., None])
             dweights = einsum("BTKGH,BSKH->BKGTS", dout, v)
-            dscores = weights * (dweights - mean[..., None]) * scale
-            dscores = dscores.astype(q.dtype)
+            dscores = weights * (dweights - mean[..., None])
+            dscores = (dscores * slope(block, H, score)).astype(q.dtype)
             dv = einsum("BKGTS,BTKGH->BSKH", weights.astype(dout.dtype), dout)
             dk = einsum("BKGTS,BTKGH->BSKH", dscores, q)
             dq = dq + einsum("BKGTS,BSKH->BTKGH", dscores, k)
             return dq, _add(dk_BSKH, j, dk), _add(dv_BSKH, j, dv)
 
-        end = _end(position, k_BSKH.shape[1], columns)
+        begin, end = _span(position, blocks)
         dq = jnp.zeros(q.shape, jnp.float32)
-        dq, dk, dv = jax.lax.fori_loop(0, end, key_block, (dq, *carry))
+        dq, dk, dv = jax.lax.fori_loop(begin, end, key_block, (dq, *carry))
         return (dk, dv), dq.astype(q.dtype)
 
     zeros = jnp.zeros(k_BSKH.shape, jnp.float32)
@@ -296,12 +316,28 @@ def _meeting(
     """Segments of query block `i` and of key block `j`."""
     if segments is None:
         return None
-    return _slice(segments[0], i, blocks[0]), _slice(segments[1], j, blocks[1])
+    return (
+        _slice(segments[0], i, blocks.rows),
+        _slice(segments[1], j, blocks.columns),
+    )
 
 
-def _end(position_BT: jax.Array, S: int, columns: int) -> jax.Array:
-    """Key blocks up to the last key that a query sees; one even if it sees none."""
-    return jnp.clip(jnp.max(position_BT) // columns + 1, 1, S // columns)
+def _keys_at(j: jax.Array, blocks: Blocks) -> jax.Array:
+    """Positions of key block `j`; padded keys stand where no query sees them."""
+    at_S = j * blocks.columns + jnp.arange(blocks.columns, dtype=jnp.int32)
+    return jnp.where(at_S < blocks.S, at_S, jnp.iinfo(jnp.int32).max)
+
+
+def _span(position_BT: jax.Array, blocks: Blocks) -> tuple[jax.Array | int, jax.Array]:
+    """The first key block with a key that a query sees, and the one after the last;
+    one block even if they see none."""
+    columns = blocks.columns
+    count = -(-blocks.S // columns)
+    end = jnp.clip(jnp.max(position_BT) // columns + 1, 1, count)
+    if blocks.score.window is None:
+        return 0, end
+    first = jnp.min(position_BT) - blocks.score.window + 1
+    return jnp.clip(first // columns, 0, end - 1), end
 
 
 def _slice(x: jax.Array, i: jax.Array, block: int, *, axis: int = 1) -> jax.Array:

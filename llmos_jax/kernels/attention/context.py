@@ -37,8 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from llmos_jax.errors import LowerError
 from llmos_jax.kernels.attention import blocked, reference, splash
-from llmos_jax.kernels.attention.reference import CONTEXT, Segments
+from llmos_jax.kernels.attention.reference import CONTEXT, PLAIN, Score, Segments
 from llmos_jax.kernels.target import current_target
 
 PARTS: dict[str, ModuleType] = {
@@ -60,6 +61,7 @@ class Way(NamedTuple):
     mesh_axes: tuple[str, ...]
     exchange: str
     implementation: str
+    score: Score
 
 
 def device_order(T: int, C: int) -> np.ndarray:
@@ -78,6 +80,7 @@ def context_attention(
     mesh_axes: tuple[str, ...],
     *,
     exchange: str,
+    score: Score = PLAIN,
     implementation: str | None = None,
 ) -> jax.Array:
     """Attend each of this device's queries to the keys of its document at or before its
@@ -87,25 +90,34 @@ def context_attention(
     nothing travels for the forward pass again.
 
     Args:
-        q_BTNH: this device's queries, rotated; scaled by H**-0.5 here. Tokens are in
+        q_BTNH: this device's queries, rotated; scaled here. Tokens are in
             `device_order`.
         k_BTKH: keys of the same tokens, rotated. N must be a multiple of K.
         v_BTKH: values of the same tokens.
         segment_BT: int32 document of each of them, or None, as in `api.attention`.
         mesh_axes: those that split a sequence, major first.
         exchange: a name in EXCHANGES.
+        score: how scores are made.
         implementation: a name in PARTS; None picks the fastest for the target.
 
     Returns:
         [B, T, N, H] in the dtype of `v_BTKH`.
+
+    Raises:
+        LowerError: the score has a window.
     """
+    if score.window is not None:
+        raise LowerError(
+            "Attention over sequences that devices share sees all earlier keys; this "
+            f"model's sees a window of {score.window}. Set plan.mesh.context=1."
+        )
     T = q_BTNH.shape[1]
     assert T % 2 == 0, f"a device holds two chunks, which {T} tokens cannot make"
     assert k_BTKH.shape == v_BTKH.shape, (k_BTKH.shape, v_BTKH.shape)
     assert k_BTKH.shape[1] == T, (q_BTNH.shape, k_BTKH.shape)
     assert exchange in _EXCHANGES, exchange
     name = implementation or _fastest(q_BTNH, k_BTKH)
-    way = Way(mesh_axes, exchange, name)
+    way = Way(mesh_axes, exchange, name, score)
     return _attend(q_BTNH, (k_BTKH, v_BTKH, segment_BT), way)
 
 
@@ -125,7 +137,8 @@ def _attend(q_BTNH: jax.Array, here: Keys, way: Way) -> jax.Array:
 def _forward(q_BTNH: jax.Array, here: Keys, way: Way) -> tuple[jax.Array, Saved]:
     """Return the output, and what the backward pass reads."""
     index, half = jax.lax.axis_index(way.mesh_axes), q_BTNH.shape[1] // 2
-    attend = PARTS[way.implementation].forward_part
+    forward_part = PARTS[way.implementation].forward_part
+    attend = functools.partial(forward_part, score=way.score)
 
     def first_keys(sums: Pair, there: Keys) -> Pair:
         k, v, segments = _meeting(here, there, keys=slice(half))
@@ -169,6 +182,7 @@ def _backward(
             *(q_BTNH[:, queries], k, v, dout_BTNH[:, queries]),
             *(lse_BNT[..., queries], mean_BNT[..., queries], segments),
             causal=causal,
+            score=way.score,
         )
         dq, dk, dv = (x.astype(jnp.float32) for x in parts)
         return dq, (dk, dv)

@@ -8,7 +8,10 @@
 // memory; the backward pass makes them again from the saved log-sum-exp
 // (FlashAttention, arXiv 2205.14135). Every sum is taken in an order that does not
 // depend on threads: results are the same bits with any number of them. Exponentials
-// are powers of two: the packed queries carry the factor H**-0.5 * log2(e).
+// are powers of two: the packed queries carry the factor scale * log2(e).
+//
+// With a window a query at p sees the keys p - window + 1 to p; panels of keys that no
+// row of a tile sees are not multiplied, and keys that no query sees are not packed.
 //
 // A tile product is C[m, :] += A[m, k] * B[k, :], with A's elements broadcast (so A may
 // be read transposed) and B's rows in vectors; ROWS * VECTORS sums stay in registers.
@@ -104,16 +107,49 @@ inline Vector exp2(Vector x) {
   return y;
 }
 
+// tanh(x) to 3e-7 relative. Near 0 a polynomial in x**2 (least maximal relative error,
+// 5e-9, on [-0.625, 0.625]), for 1 - exp(-2x) would cancel there.
+inline Vector tanh(Vector x) {
+  const Vector one = splat(1.0f), square = x * x, size = x < Vector{} ? -x : x;
+  Vector y = splat(-5.704985013372066e-3f);
+  y = y * square + splat(2.0639085494957334e-2f);
+  y = y * square + splat(-5.373971455399656e-2f);
+  y = y * square + splat(0.13331442191804999f);
+  y = y * square + splat(-0.33333281941773113f);
+  const Vector near = x + x * square * y;
+  const Vector fading = exp2(splat(-2.0f * LOG2_E) * size);
+  const Vector far = (one - fading) / (one + fading);
+  return size < splat(0.625f) ? near : (x < Vector{} ? -far : far);
+}
+
 inline Integers lane_numbers() {
   Integers lanes;
   for (int i = 0; i < WIDTH; ++i) lanes[i] = i;
   return lanes;
 }
 
-// Keep the first `count` lanes of a vector, `otherwise` in the rest.
-inline Vector keep(Vector value, int64_t count, float otherwise) {
-  const Integers limit = static_cast<int32_t>(count) - Integers{};
-  return lane_numbers() < limit ? value : splat(otherwise);
+// A range of keys or columns, [begin, end); end may lie before begin if it is empty.
+struct Range {
+  int64_t begin, end;
+
+  // What of it falls into the `size` columns from `first` on, numbered from there.
+  Range within(int64_t first, int64_t size) const {
+    const int64_t last = std::clamp<int64_t>(end - first, 0, size);
+    return {std::clamp<int64_t>(begin - first, 0, last), last};
+  }
+  void widen(const Range& other) {
+    begin = std::min(begin, other.begin);
+    end = std::max(end, other.end);
+  }
+};
+
+// Keep the lanes of the vector at column `s` that `seen` holds; `otherwise` elsewhere.
+inline Vector keep(Vector value, int64_t s, const Range& seen, float otherwise) {
+  if (seen.begin <= s && s + WIDTH <= seen.end) return value;
+  const Integers begin = static_cast<int32_t>(seen.begin - s) - Integers{};
+  const Integers end = static_cast<int32_t>(seen.end - s) - Integers{};
+  const Integers lanes = lane_numbers();
+  return ((lanes >= begin) & (lanes < end)) ? value : splat(otherwise);
 }
 
 template <int M, int V>
@@ -234,6 +270,12 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count,
 struct Shape {
   int64_t B, T, S, N, K, G, H, Hp;
   bool rotary;
+  int64_t window;
+  float scale, softcap;  // softcap: infinite if scores stay as they are
+
+  // In powers of two, as scores are.
+  float cap() const { return LOG2_E * softcap; }
+  bool capped() const { return std::isfinite(softcap); }
 };
 
 struct Inputs {
@@ -271,18 +313,22 @@ void rotate_back(const float* __restrict x, const float* __restrict cos,
   }
 }
 
-// One (b, k): its keys, values and query rows, row = t * G + g.
+// One (b, k): its keys, values and query rows, row = t * G + g. Keys are numbered from
+// the first that some query of this sequence sees.
 struct Group {
   const Shape& shape;
   const Inputs& in;
   int64_t b, k, rows;
-  int64_t seen;  // keys that some query of this sequence sees
+  int64_t first_key;
+  int64_t seen;  // keys from there to the last that some query sees
 
   Group(const Shape& shape, const Inputs& in, int64_t index)
       : shape(shape), in(in), b(index / shape.K), k(index % shape.K),
-        rows(shape.T * shape.G), seen(0) {
-    for (int64_t row = 0; row < rows; row += shape.G)
-      seen = std::max(seen, limit(row));
+        rows(shape.T * shape.G), first_key(0), seen(0) {
+    Range all{shape.S, 0};
+    for (int64_t row = 0; row < rows; row += shape.G) all.widen(visible(row));
+    first_key = std::min(all.begin, all.end);
+    seen = all.end - first_key;
   }
 
   int64_t panels() const { return (seen + PANEL - 1) / PANEL; }
@@ -293,20 +339,26 @@ struct Group {
   int64_t statistic(int64_t row) const {  // of [B, N, T]
     return (b * shape.N + k * shape.G + row % shape.G) * shape.T + row / shape.G;
   }
-  int64_t key(int64_t s) const { return ((b * shape.S + s) * shape.K + k) * shape.H; }
+  int64_t key(int64_t s) const {
+    return ((b * shape.S + first_key + s) * shape.K + k) * shape.H;
+  }
   const float* angle(const float* table, int64_t t) const {
     return shape.rotary ? table + (b * shape.T + t) * (shape.H / 2) : nullptr;
   }
-  // How many keys a row sees.
-  int64_t limit(int64_t row) const {
-    const int64_t position = in.position[b * shape.T + row / shape.G];
-    return std::clamp<int64_t>(position + 1, 0, shape.S);
+  const float* key_angle(const float* table, int64_t s) const {
+    return angle(table, first_key + s);
+  }
+  // The keys that a row sees.
+  Range visible(int64_t row) const {
+    const int64_t end = int64_t{in.position[b * shape.T + row / shape.G]} + 1;
+    return {std::clamp<int64_t>(end - shape.window, 0, shape.S) - first_key,
+            std::clamp<int64_t>(end, 0, shape.S) - first_key};
   }
 
   // Rows of keys or values, [panels * PANEL, Hp] with zeros around.
   void pack_keys(float* out) const {
     for (int64_t s = 0; s < seen; ++s)
-      rotate(in.k + key(s), angle(in.cos, s), angle(in.sin, s), 1.0f, shape.H,
+      rotate(in.k + key(s), key_angle(in.cos, s), key_angle(in.sin, s), 1.0f, shape.H,
              out + s * shape.Hp);
   }
   void pack_values(float* out) const {
@@ -323,7 +375,7 @@ struct Group {
   }
   // Rotated and scaled query rows from `first` on, [count, Hp].
   void pack_queries(int64_t first, int64_t count, float* out) const {
-    const float factor = LOG2_E / std::sqrt(static_cast<float>(shape.H));
+    const float factor = LOG2_E * shape.scale;
     for (int64_t r = 0; r < count; ++r) {
       const int64_t t = (first + r) / shape.G;
       rotate(in.q + query(first + r), angle(in.cos, t), angle(in.sin, t), factor,
@@ -334,49 +386,53 @@ struct Group {
 
 // What each row, and each ROWS rows, of a block see.
 struct Limits {
-  int64_t row[BACKWARD_BLOCK], tile[BACKWARD_BLOCK / ROWS], all = 0;
-  Limits(const Group& group, int64_t first, int64_t count) {
-    std::fill(std::begin(tile), std::end(tile), 0);
+  Range row[BACKWARD_BLOCK], tile[BACKWARD_BLOCK / ROWS], all;
+  Limits(const Group& group, int64_t first, int64_t count) : all{group.seen, 0} {
+    std::fill(std::begin(tile), std::end(tile), all);
     for (int64_t r = 0; r < count; ++r) {
-      row[r] = group.limit(first + r);
-      tile[r / ROWS] = std::max(tile[r / ROWS], row[r]);
-      all = std::max(all, row[r]);
+      row[r] = group.visible(first + r);
+      tile[r / ROWS].widen(row[r]);
+      all.widen(row[r]);
     }
+  }
+  // The first panel with a key that the block sees.
+  int64_t first_panel() const { return all.begin / PANEL * PANEL; }
+  // Columns to compute of a panel for a tile of rows: none before its window.
+  int64_t width(int64_t r, int64_t s) const {
+    const Range& rows = tile[r / ROWS];
+    if (rows.begin >= s + PANEL) return 0;
+    return std::clamp<int64_t>(rows.end - s, 0, PANEL);
   }
 };
 
 // ----------------------------------------------------------------------------- forward
 
+void cap_scores(float* scores, const Range& seen, float cap) {
+  for (int64_t s = seen.begin / WIDTH * WIDTH; s < seen.end; s += WIDTH)
+    store(scores + s, splat(cap) * tanh(load(scores + s) / splat(cap)));
+}
+
 // Turn one row's scores of a span into weights; rescale what was summed before.
 // `zeros_to`: columns up to here are read by the product with the values.
-void softmax_step(float* scores, int64_t visible, int64_t zeros_to, float* top,
+void softmax_step(float* scores, const Range& seen, int64_t zeros_to, float* top,
                   float* total, float* out, int64_t Hp) {
-  const int64_t whole = visible / WIDTH * WIDTH, rest = visible - whole;
+  const int64_t start = seen.begin / WIDTH * WIDTH;
   Vector tops = splat(*top);
-  for (int64_t s = 0; s < whole; s += WIDTH) {
-    const Vector x = load(scores + s);
-    tops = x > tops ? x : tops;
-  }
-  if (rest > 0) {
-    const Vector x = keep(load(scores + whole), rest, *top);
+  for (int64_t s = start; s < seen.end; s += WIDTH) {
+    const Vector x = keep(load(scores + s), s, seen, *top);
     tops = x > tops ? x : tops;
   }
   const float new_top = largest(tops);
   const Vector shift = splat(new_top);
   Vector sums = {};
-  for (int64_t s = 0; s < whole; s += WIDTH) {
-    const Vector p = exp2(load(scores + s) - shift);
+  int64_t s = 0;
+  for (; s < start; s += WIDTH) store(scores + s, Vector{});
+  for (; s < seen.end; s += WIDTH) {
+    const Vector p = keep(exp2(load(scores + s) - shift), s, seen, 0.0f);
     store(scores + s, p);
     sums += p;
   }
-  int64_t written = whole;
-  if (rest > 0) {
-    const Vector p = keep(exp2(load(scores + whole) - shift), rest, 0.0f);
-    store(scores + whole, p);
-    sums += p;
-    written += WIDTH;
-  }
-  for (int64_t s = written; s < zeros_to; s += WIDTH) store(scores + s, Vector{});
+  for (; s < zeros_to; s += WIDTH) store(scores + s, Vector{});
   if (new_top > *top && *total > 0.0f) {
     const float shrink = std::exp2(*top - new_top);
     *total *= shrink;
@@ -410,34 +466,34 @@ void forward_group(const Group& group, int64_t start, int64_t stride, float* out
     std::fill_n(top, count, -INFINITY);
     std::fill_n(total, count, 0.0f);
 
-    for (int64_t span = 0; span < limits.all; span += SPAN) {
-      const int64_t end = std::min<int64_t>(limits.all, span + SPAN);
+    for (int64_t span = limits.first_panel(); span < limits.all.end; span += SPAN) {
+      const int64_t end = std::min<int64_t>(limits.all.end, span + SPAN);
       for (int64_t s = span; s < end; s += PANEL)
         for (int64_t r = 0; r < count; r += ROWS) {
-          const int64_t width = std::min<int64_t>(PANEL, limits.tile[r / ROWS] - s);
-          if (width <= 0) continue;
+          const int64_t width = limits.width(r, s);
+          if (width == 0) continue;
           multiply({queries + r * Hp, Hp, 1, keys + s * shape.H, PANEL,
                     scores + r * SPAN + (s - span), SPAN, shape.H, false},
                    std::min<int64_t>(ROWS, count - r), width);
         }
       for (int64_t r = 0; r < count; ++r) {
-        const int64_t zeros_to =
-            std::clamp<int64_t>(limits.tile[r / ROWS] - span, 0, SPAN);
-        const int64_t visible = std::clamp<int64_t>(limits.row[r] - span, 0, SPAN);
-        softmax_step(scores + r * SPAN, visible, zeros_to, top + r, total + r,
+        const Range seen = limits.row[r].within(span, SPAN);
+        if (shape.capped()) cap_scores(scores + r * SPAN, seen, shape.cap());
+        softmax_step(scores + r * SPAN, seen,
+                     limits.tile[r / ROWS].within(span, SPAN).end, top + r, total + r,
                      sums + r * Hp, Hp);
       }
       for (int64_t s = span; s < end; s += PANEL)
         for (int64_t r = 0; r < count; r += ROWS) {
-          const int64_t depth = std::min<int64_t>(PANEL, limits.tile[r / ROWS] - s);
-          if (depth <= 0) continue;
+          const int64_t depth = limits.width(r, s);
+          if (depth == 0) continue;
           multiply({scores + r * SPAN + (s - span), SPAN, 1, values + s * Hp, Hp,
                     sums + r * Hp, Hp, depth, true},
                    std::min<int64_t>(ROWS, count - r), Hp);
         }
     }
     for (int64_t r = 0; r < count; ++r) {
-      const bool sees = limits.row[r] > 0;
+      const bool sees = limits.row[r].begin < limits.row[r].end;
       const float scale = sees ? 1.0f / total[r] : 0.0f;
       float* to = out + group.query(first + r);
       for (int64_t h = 0; h < shape.H; ++h) to[h] = scale * sums[r * Hp + h];
@@ -450,25 +506,27 @@ void forward_group(const Group& group, int64_t start, int64_t stride, float* out
 // ---------------------------------------------------------------------------- backward
 
 // One row of one panel: scores -> weights, weights' gradients -> scores' gradients.
-void weights_and_gradients(float* scores, float* gradients, int64_t visible,
-                           float statistic, float mean) {
+template <bool CAPPED>
+void weights_and_gradients(float* scores, float* gradients, const Range& seen,
+                           float statistic, float mean, float cap) {
   const Vector shift = splat(statistic), centre = splat(mean);
-  int64_t s = 0;
-  for (; s + WIDTH <= visible; s += WIDTH) {
-    const Vector p = exp2(load(scores + s) - shift);
-    store(scores + s, p);
-    store(gradients + s, p * (load(gradients + s) - centre));
-  }
-  if (s < visible) {
-    const Vector p = exp2(load(scores + s) - shift);
-    const Vector ds = p * (load(gradients + s) - centre);
-    store(scores + s, keep(p, visible - s, 0.0f));
-    store(gradients + s, keep(ds, visible - s, 0.0f));
-    s += WIDTH;
-  }
-  for (; s < PANEL; s += WIDTH) {
-    store(scores + s, Vector{});
-    store(gradients + s, Vector{});
+  for (int64_t s = 0; s < PANEL; s += WIDTH) {
+    if (s + WIDTH <= seen.begin || s >= seen.end) {
+      store(scores + s, Vector{});
+      store(gradients + s, Vector{});
+      continue;
+    }
+    Vector x = load(scores + s), slope = splat(1.0f);
+    if (CAPPED) {
+      const Vector y = tanh(x / splat(cap));
+      x = splat(cap) * y;
+      slope -= y * y;
+    }
+    const Vector p = exp2(x - shift);
+    Vector ds = p * (load(gradients + s) - centre);
+    if (CAPPED) ds *= slope;
+    store(scores + s, keep(p, s, seen, 0.0f));
+    store(gradients + s, keep(ds, s, seen, 0.0f));
   }
 }
 
@@ -480,6 +538,8 @@ struct Cotangents {
 void backward_group(const Group& group, const Cotangents& c) {
   const Shape& shape = group.shape;
   const int64_t H = shape.H, Hp = shape.Hp, slots = group.panels() * PANEL;
+  const auto pull = shape.capped() ? weights_and_gradients<true>
+                                   : weights_and_gradients<false>;
   Scratch scratch;
   float* keys = scratch.zeros(slots * Hp);
   float* keys_by_h = scratch.take(slots * H);
@@ -514,11 +574,10 @@ void backward_group(const Group& group, const Cotangents& c) {
       for (; h < H; ++h) mean[r] += out[h] * dout[r * Hp + h];
     }
 
-    for (int64_t s = 0; s < limits.all; s += PANEL) {
+    for (int64_t s = limits.first_panel(); s < limits.all.end; s += PANEL) {
       for (int64_t r = 0; r < count; r += ROWS) {
         const int64_t rows = std::min<int64_t>(ROWS, count - r);
-        const int64_t width =
-            std::clamp<int64_t>(limits.tile[r / ROWS] - s, 0, PANEL);
+        const int64_t width = limits.width(r, s);
         float* p = scores + r * PANEL;
         float* ds = gradients + r * PANEL;
         if (width > 0) {
@@ -530,20 +589,22 @@ void backward_group(const Group& group, const Cotangents& c) {
                    rows, width);
         }
         for (int64_t i = 0; i < rows; ++i)
-          weights_and_gradients(p + i * PANEL, ds + i * PANEL,
-                                std::clamp<int64_t>(limits.row[r + i] - s, 0, PANEL),
-                                statistic[r + i], mean[r + i]);
+          pull(p + i * PANEL, ds + i * PANEL, limits.row[r + i].within(s, PANEL),
+               statistic[r + i], mean[r + i], shape.cap());
         if (width > 0)
           multiply({ds, PANEL, 1, keys + s * Hp, Hp, dq + r * Hp, Hp, width, true},
                    rows, Hp);
       }
-      const int64_t end = std::min<int64_t>(PANEL, limits.all - s);
+      const int64_t end = std::min<int64_t>(PANEL, limits.all.end - s);
       for (int64_t m = 0; m < end; m += ROWS) {
-        // Only rows from the first to the last that see key s + m contribute.
-        int64_t low = 0, high = count;
-        while (low < high && limits.row[low] <= s + m) ++low;
-        while (high > low && limits.row[high - 1] <= s + m) --high;
         const int64_t rows = std::min<int64_t>(ROWS, end - m);
+        // Only rows from the first to the last that see one of these keys contribute.
+        const auto sees_none = [&](const Range& row) {
+          return row.end <= s + m || row.begin >= s + m + rows;
+        };
+        int64_t low = 0, high = count;
+        while (low < high && sees_none(limits.row[low])) ++low;
+        while (high > low && sees_none(limits.row[high - 1])) --high;
         multiply({scores + low * PANEL + m, 1, PANEL, dout + low * Hp, Hp,
                   dv + (s + m) * Hp, Hp, high - low, true},
                  rows, Hp);
@@ -552,24 +613,23 @@ void backward_group(const Group& group, const Cotangents& c) {
                  rows, Hp);
       }
     }
-    const float scale = 1.0f / std::sqrt(static_cast<float>(H));
     for (int64_t r = 0; r < count; ++r) {
       const int64_t t = (first + r) / shape.G;
       rotate_back(dq + r * Hp, group.angle(group.in.cos, t),
-                  group.angle(group.in.sin, t), scale, H,
+                  group.angle(group.in.sin, t), shape.scale, H,
                   c.dq + group.query(first + r));
     }
   }
-  for (int64_t s = 0; s < shape.S; ++s) {
+  for (int64_t s = -group.first_key; s < shape.S - group.first_key; ++s) {
     float* to_k = c.dk + group.key(s);
     float* to_v = c.dv + group.key(s);
-    if (s >= group.seen) {
+    if (s < 0 || s >= group.seen) {
       std::fill_n(to_k, H, 0.0f);
       std::fill_n(to_v, H, 0.0f);
       continue;
     }
-    rotate_back(dk + s * Hp, group.angle(group.in.cos, s), group.angle(group.in.sin, s),
-                LN_2, H, to_k);
+    rotate_back(dk + s * Hp, group.key_angle(group.in.cos, s),
+                group.key_angle(group.in.sin, s), LN_2, H, to_k);
     std::copy_n(dv + s * Hp, H, to_v);
   }
 }
@@ -579,8 +639,12 @@ void backward_group(const Group& group, const Cotangents& c) {
 using Floats = ffi::Buffer<ffi::F32>;
 using Result = ffi::Result<Floats>;
 
-Shape shape_of(const Floats& q, const Floats& k, const Floats& cos) {
+Shape shape_of(const Floats& q, const Floats& k, const Floats& cos, int64_t window,
+               float softcap, float scale) {
   Shape shape;
+  shape.window = window;
+  shape.softcap = softcap;
+  shape.scale = scale;
   shape.B = q.dimensions()[0];
   shape.T = q.dimensions()[1];
   shape.N = q.dimensions()[2];
@@ -594,9 +658,10 @@ Shape shape_of(const Floats& q, const Floats& k, const Floats& cos) {
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v,
-                   ffi::Buffer<ffi::S32> position, Floats cos, Floats sin, Result out,
+                   ffi::Buffer<ffi::S32> position, Floats cos, Floats sin,
+                   int64_t window, float softcap, float scale, Result out,
                    Result statistics) {
-  const Shape shape = shape_of(q, k, cos);
+  const Shape shape = shape_of(q, k, cos, window, softcap, scale);
   const Inputs in{q.typed_data(),        k.typed_data(),   v.typed_data(),
                   position.typed_data(), cos.typed_data(), sin.typed_data()};
   // Few groups are split by query blocks, which share nothing but the packed keys.
@@ -613,8 +678,9 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v,
 
 ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v,
                     ffi::Buffer<ffi::S32> position, Floats cos, Floats sin, Floats out,
-                    Floats statistics, Floats dout, Result dq, Result dk, Result dv) {
-  const Shape shape = shape_of(q, k, cos);
+                    Floats statistics, Floats dout, int64_t window, float softcap,
+                    float scale, Result dq, Result dk, Result dv) {
+  const Shape shape = shape_of(q, k, cos, window, softcap, scale);
   const Inputs in{q.typed_data(),        k.typed_data(),   v.typed_data(),
                   position.typed_data(), cos.typed_data(), sin.typed_data()};
   const Cotangents cotangents{out.typed_data(),  statistics.typed_data(),
@@ -629,6 +695,8 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v,
 }  // namespace
 
 #define FLOATS Arg<Floats>()
+#define SCORE \
+  Attr<int64_t>("window").Attr<float>("softcap").Attr<float>("scale")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llmos_attention_forward, forward,
                               ffi::Ffi::Bind()
@@ -636,6 +704,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llmos_attention_forward, forward,
                                   .FLOATS.FLOATS.FLOATS  // q, k, v
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .FLOATS.FLOATS  // cos, sin
+                                  .SCORE
                                   .Ret<Floats>()
                                   .Ret<Floats>());
 
@@ -646,6 +715,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llmos_attention_backward, backward,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .FLOATS.FLOATS          // cos, sin
                                   .FLOATS.FLOATS.FLOATS  // out, statistics, dout
+                                  .SCORE
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>());

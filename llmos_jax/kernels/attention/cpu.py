@@ -6,8 +6,9 @@ H head size.
 XLA:CPU writes scores and weights to memory and copies them between layouts; `cpu.cc`
 keeps them in cache and rotates queries and keys while it packs them. It runs on XLA's
 own threads (a custom call through `jax.ffi`) and gives the same bits with any number
-of them. Float32 only, no segments, no vmap. The partitioner cannot see inside a custom
-call and would gather its inputs, so `api` picks it only where there is one device.
+of them. Float32 only, any score, no segments, no vmap. The partitioner cannot see
+inside a custom call and would gather its inputs, so `api` picks it only where there is
+one device.
 
 The source is compiled at first use with $CXX, c++, g++ or clang++ for the CPU that it
 runs on, and kept in the user's cache. LLMOS_CPU_KERNELS=0 turns it off.
@@ -24,14 +25,16 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxlib.version
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from llmos_jax.errors import ConfigError, LowerError
-from llmos_jax.kernels.attention.reference import CONTEXT, whole
+from llmos_jax.kernels.attention.reference import CONTEXT, PLAIN, Score, whole
 from llmos_jax.kernels.target import Target, current_target
 from llmos_jax.places import cache_folder
 
@@ -49,6 +52,8 @@ def attention(
     v_BSKH: jax.Array,
     position_BT: jax.Array | None,
     segment_BT: jax.Array | None = None,
+    *,
+    score: Score = PLAIN,
 ) -> jax.Array:
     """See `api.attention`.
 
@@ -60,7 +65,7 @@ def attention(
     if position_BT is None:
         position_BT = whole(B, T)
     no_angles = jnp.zeros((B, T, 0), jnp.float32)
-    return _call(q_BTNH, k_BSKH, v_BSKH, position_BT, no_angles, no_angles)
+    return _call(q_BTNH, k_BSKH, v_BSKH, position_BT, no_angles, no_angles, score)
 
 
 def rotary_attention(
@@ -70,6 +75,8 @@ def rotary_attention(
     position_BT: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
     segment_BT: jax.Array | None = None,
+    *,
+    score: Score = PLAIN,
 ) -> jax.Array:
     """See `api.rotary_attention`.
 
@@ -79,7 +86,7 @@ def rotary_attention(
     _refuse(segment_BT)
     if position_BT is None:
         position_BT = whole(*q_BTNH.shape[:2])
-    return _call(q_BTNH, k_BTKH, v_BTKH, position_BT, *angles)
+    return _call(q_BTNH, k_BTKH, v_BTKH, position_BT, *angles, score)
 
 
 def suits(*arrays: jax.Array) -> bool:
@@ -193,7 +200,7 @@ def _run(command: list[str]) -> str:
 Arrays = tuple[jax.Array, ...]
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _call(
     q: jax.Array,
     k: jax.Array,
@@ -201,29 +208,49 @@ def _call(
     position: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
+    score: Score,
 ) -> jax.Array:
-    return _forward(q, k, v, position, cos, sin)[0]
+    return _forward(q, k, v, position, cos, sin, score)[0]
 
 
-def _forward(*inputs: jax.Array) -> tuple[jax.Array, Arrays]:
+def _attributes(score: Score, H: int) -> dict[str, np.number[Any]]:
+    """The score as numbers for C++: what is not wanted is too large to matter."""
+    window, softcap, _ = score
+    return {
+        "window": np.int64(np.iinfo(np.int32).max if window is None else window),
+        "softcap": np.float32(np.inf if softcap is None else softcap),
+        "scale": np.float32(score.factor(H)),
+    }
+
+
+def _forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    position: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    score: Score,
+) -> tuple[jax.Array, Arrays]:
     reason = unavailable()
     if reason is not None:
         raise LowerError(f"the CPU attention kernel cannot be used: {reason}.")
-    q = inputs[0]
-    B, T, N, _ = q.shape
+    B, T, N, H = q.shape
+    inputs = (q, k, v, position, cos, sin)
     kinds = (_like(q), jax.ShapeDtypeStruct((B, N, T), jnp.float32))
     out, statistics = (
         checkpoint_name(x, CONTEXT)
-        for x in jax.ffi.ffi_call(_TARGETS[0], kinds)(*inputs)
+        for x in jax.ffi.ffi_call(_TARGETS[0], kinds)(*inputs, **_attributes(score, H))
     )
     return out, (*inputs, out, statistics)
 
 
 def _backward(
-    saved: Arrays, dout: jax.Array
+    score: Score, saved: Arrays, dout: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, None, None]:
     kinds = tuple(_like(x) for x in saved[:3])
-    dq, dk, dv = jax.ffi.ffi_call(_TARGETS[1], kinds)(*saved, dout)
+    attributes = _attributes(score, dout.shape[-1])
+    dq, dk, dv = jax.ffi.ffi_call(_TARGETS[1], kinds)(*saved, dout, **attributes)
     return dq, dk, dv, None, None, None
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llmos_jax.errors import LowerError
-from llmos_jax.kernels.attention.reference import CONTEXT
+from llmos_jax.kernels.attention.reference import CONTEXT, PLAIN, Score
 from llmos_jax.kernels.target import current_target
 
 _BLOCK = 128
@@ -50,12 +50,20 @@ def attention(
     v_BTKH: jax.Array,
     position_BT: jax.Array | None,
     segment_BT: jax.Array | None = None,
+    *,
+    score: Score = PLAIN,
 ) -> jax.Array:
     """See `api.attention`.
 
     Raises:
-        LowerError: a position was given, or queries and keys are not as many.
+        LowerError: a position, a window or a softcap was given, or queries and keys are
+            not as many.
     """
+    if score.window is not None or score.softcap is not None:
+        raise LowerError(
+            "The GPU kernel sees all earlier keys and caps no scores; it was given "
+            f'{score}. Use implementation="blocked".'
+        )
     T, N, H = q_BTNH.shape[1:]
     if position_BT is not None or k_BTKH.shape[1] != T:
         raise LowerError(
@@ -68,15 +76,23 @@ def attention(
     # Padded keys come after every query; what padded queries see is cut off.
     k_BTNH, v_BTNH = (jnp.repeat(x, G, axis=2) for x in (k_BTKH, v_BTKH))
     ids = None if segment_BT is None else _pad(segment_BT)
-    out_BTNH = _attend(_pad(q_BTNH), _pad(k_BTNH), _pad(v_BTNH), ids, H**-0.5)
+    scale = score.factor(H)
+    out_BTNH = _attend(_pad(q_BTNH), _pad(k_BTNH), _pad(v_BTNH), ids, scale)
     return out_BTNH[:, :T]
 
 
-def suits(q_BTNH: jax.Array, k_BSKH: jax.Array, position_BT: jax.Array | None) -> bool:
+def suits(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    position_BT: jax.Array | None,
+    score: Score = PLAIN,
+) -> bool:
     """Whether this kernel is the one for these arrays on a GPU."""
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     return (
         position_BT is None
+        and score.window is None
+        and score.softcap is None
         and k_BSKH.shape[1] == T
         and T >= SHORTEST
         and H >= 16

@@ -6,7 +6,7 @@ H head size. The oracle for every other implementation; whole scores are materia
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,19 +29,43 @@ Segments: TypeAlias = tuple[jax.Array, jax.Array]
 """int32 document of each query [B, T] and of each key [B, S]."""
 
 
+class Score(NamedTuple):
+    """How scores are made, and how far back a query sees: numbers that the compiler
+    knows."""
+
+    window: int | None = None
+    """A query at `p` sees the keys `s` with p - window < s <= p; None: all s <= p."""
+    softcap: float | None = None
+    """Scaled scores s become c * tanh(s / c), before the mask; None: they stay (Gemma
+    2, arXiv 2408.00118, section 2)."""
+    scale: float | None = None
+    """What a product of query and key is multiplied by; None: H**-0.5."""
+
+    def factor(self, H: int) -> float:
+        """What products of heads of size H are multiplied by."""
+        return H**-0.5 if self.scale is None else self.scale
+
+
+PLAIN = Score()
+"""Of most models: scores scaled by H**-0.5, and all earlier keys seen."""
+
+
 def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     position_BT: jax.Array | None,
     segment_BT: jax.Array | None = None,
+    *,
+    score: Score = PLAIN,
 ) -> jax.Array:
     """See `api.attention`."""
     B, T, N, H = q_BTNH.shape
     if position_BT is None:
         position_BT = whole(B, T)
     segments = None if segment_BT is None else (segment_BT, segment_BT)
-    scores_BKGTS = scores(_grouped(q_BTNH, k_BSKH), k_BSKH, position_BT, segments)
+    q_BTKGH = _grouped(q_BTNH, k_BSKH)
+    scores_BKGTS = scores(q_BTKGH, k_BSKH, position_BT, segments, score)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
     return checkpoint_name(out_BTKGH.reshape(B, T, N, H), CONTEXT)
@@ -54,15 +78,17 @@ def forward_part(
     segments: Segments | None,
     *,
     causal: bool,
+    score: Score = PLAIN,
 ) -> tuple[jax.Array, jax.Array]:
     """Attend to a part of the keys that the queries see.
 
     Args:
-        q_BTNH: queries, rotated; scaled by H**-0.5 here.
+        q_BTNH: queries, rotated; scaled here.
         k_BSKH: keys, rotated.
         v_BSKH: values.
         segments: a query sees only keys of its own; None: all are of one.
         causal: query `t` sees keys 0 to `t`, and T = S; else each sees all.
+        score: without a window: a part does not know its keys' distance.
 
     Returns:
         The output [B, T, N, H], and the log-sum-exp of the scores, float32 [B, N, T].
@@ -70,7 +96,8 @@ def forward_part(
     """
     B, T, N, H = q_BTNH.shape
     position_BT = part_position(T, k_BSKH.shape[1], causal)
-    scores_BKGTS = scores(_grouped(q_BTNH, k_BSKH), k_BSKH, position_BT, segments)
+    q_BTKGH = _grouped(q_BTNH, k_BSKH)
+    scores_BKGTS = scores(q_BTKGH, k_BSKH, position_BT, segments, score)
     lse_BKGT = jax.nn.logsumexp(scores_BKGTS, axis=-1)
     weights_BKGTS = jnp.exp(scores_BKGTS - lse_BKGT[..., None]).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
@@ -87,11 +114,13 @@ def backward_part(
     segments: Segments | None,
     *,
     causal: bool,
+    score: Score = PLAIN,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Pull a part's gradients back, given what is known of whole rows.
 
     Args:
-        q_BTNH: queries, and k_BSKH, v_BSKH, segments, causal: as in `forward_part`.
+        q_BTNH: queries, and k_BSKH, v_BSKH, segments, causal, score: as in
+            `forward_part`.
         dout_BTNH: the cotangent of the output.
         lse_BNT: the log-sum-exp over all keys that a query sees, in whatever part.
         mean_BNT: float32 product of the whole output and its cotangent.
@@ -102,13 +131,13 @@ def backward_part(
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1], k_BSKH.shape[2]
     q_BTKGH, position_BT = _grouped(q_BTNH, k_BSKH), part_position(T, S, causal)
-    scores_BKGTS = scores(q_BTKGH, k_BSKH, position_BT, segments)
+    scores_BKGTS = scores(q_BTKGH, k_BSKH, position_BT, segments, score)
     lse_BKGT1 = above_masked(lse_BNT).reshape(B, K, N // K, T, 1)
     weights_BKGTS = jnp.exp(scores_BKGTS - lse_BKGT1)
     dout_BTKGH = _grouped(dout_BTNH, k_BSKH)
     dweights_BKGTS = einsum("BTKGH,BSKH->BKGTS", dout_BTKGH, v_BSKH)
     dweights_BKGTS = dweights_BKGTS - mean_BNT.reshape(B, K, N // K, T, 1)
-    dscores_BKGTS = weights_BKGTS * dweights_BKGTS * jnp.float32(H**-0.5)
+    dscores_BKGTS = weights_BKGTS * dweights_BKGTS * slope(scores_BKGTS, H, score)
     dscores_BKGTS = dscores_BKGTS.astype(q_BTNH.dtype)
     weights_BKGTS = weights_BKGTS.astype(dout_BTNH.dtype)
     return (
@@ -166,20 +195,42 @@ def scores(
     k_BSKH: jax.Array,
     position_BT: jax.Array,
     segments: Segments | None,
+    score: Score,
+    at_S: jax.Array | None = None,
 ) -> jax.Array:
-    """Scaled and masked scores [B, K, G, T, S] in float32; a query sees the keys at or
-    before its position among these."""
-    H, S = q_BTKGH.shape[-1], k_BSKH.shape[1]
+    """Scaled, capped and masked scores [B, K, G, T, S] in float32; a query sees the
+    keys at or before its position, as many as the window lets it.
+
+    Args:
+        at_S: int32 positions of the keys; None: 0 to S - 1.
+    """
+    H = q_BTKGH.shape[-1]
+    if at_S is None:
+        at_S = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)
     scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH)
-    visible_BTS = jnp.arange(S)[None, None, :] <= position_BT[:, :, None]
+    scores_BKGTS = scores_BKGTS * jnp.float32(score.factor(H))
+    if score.softcap is not None:
+        cap = jnp.float32(score.softcap)
+        scores_BKGTS = cap * jnp.tanh(scores_BKGTS / cap)
+    visible_BTS = at_S[None, None, :] <= position_BT[:, :, None]
+    if score.window is not None:
+        visible_BTS &= at_S[None, None, :] > position_BT[:, :, None] - score.window
     if segments is not None:
         q_segment_BT, k_segment_BS = segments
         visible_BTS &= q_segment_BT[:, :, None] == k_segment_BS[:, None, :]
-    return jnp.where(
-        visible_BTS[:, None, None, :, :],
-        scores_BKGTS * jnp.float32(H**-0.5),
-        jnp.float32(MASKED),
-    )
+    masked = jnp.float32(MASKED)
+    return jnp.where(visible_BTS[:, None, None, :, :], scores_BKGTS, masked)
+
+
+def slope(scores_BKGTS: jax.Array, H: int, score: Score) -> jax.Array:
+    """By what scores change with the products of queries and keys; of masked scores it
+    is finite, and of no account."""
+    factor = jnp.float32(score.factor(H))
+    if score.softcap is None:
+        return factor
+    # A masked score is far below the least capped one.
+    tanh_BKGTS = jnp.maximum(scores_BKGTS / jnp.float32(score.softcap), -1)
+    return factor * (1 - tanh_BKGTS * tanh_BKGTS)
 
 
 def einsum(formula: str, *operands: jax.Array) -> jax.Array:

@@ -6,7 +6,8 @@ B sequences, T tokens, N query heads, K key/value heads, G = N/K, H head size.
 Tiling: a grid step holds one head's `block` queries and `block` keys; `_block` picks
 1024, or less where padding T to it would cost more than 1/16 or VMEM is short. A query
 head reads the key/value head it shares (head n of q, head n // G of k), so nothing is
-repeated. Blocks above the diagonal are neither read nor computed.
+repeated. Blocks above the diagonal, or wholly before the window, are neither read nor
+computed.
 
 VMEM, of the 16 MiB a kernel may take on v4, v5e and v5p: 1024 x 1024 float32 scores are
 4 MiB, their exponentials 4 MiB; q, k, v, out (and dq, dk, dv) of 1024 x 128 bfloat16
@@ -33,6 +34,8 @@ import jax.numpy as jnp
 from llmos_jax.errors import LowerError
 from llmos_jax.kernels.attention.reference import (
     CONTEXT,
+    PLAIN,
+    Score,
     Segments,
     above_masked,
     hide_unseen,
@@ -51,6 +54,9 @@ _PADDING = -(2**31)
 
 Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
+_KEPT = ("attn_logits_soft_cap", "is_mqa", "mask_function", "mask_value", "interpret")
+"""Settings of a made kernel that its parts, called alone, take too."""
+
 SHORTEST = 256
 """Below, whole scores are small: a head's take at most 256 KiB."""
 
@@ -61,13 +67,16 @@ def attention(
     v_BTKH: jax.Array,
     position_BT: jax.Array | None,
     segment_BT: jax.Array | None = None,
+    *,
+    score: Score = PLAIN,
 ) -> jax.Array:
     """See `api.attention`.
 
     Raises:
         LowerError: a position was given, or queries and keys are not as many.
     """
-    return _attend(_scaled(q_BTNH), k_BTKH, v_BTKH, position_BT, segment_BT)
+    q_BTNH = _scaled(q_BTNH, score)
+    return _attend(q_BTNH, k_BTKH, v_BTKH, position_BT, segment_BT, score)
 
 
 def rotary_attention(
@@ -77,6 +86,8 @@ def rotary_attention(
     position_BT: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
     segment_BT: jax.Array | None = None,
+    *,
+    score: Score = PLAIN,
 ) -> jax.Array:
     """See `api.rotary_attention`.
 
@@ -84,10 +95,11 @@ def rotary_attention(
         LowerError: a position was given.
     """
     # Scaled in float32 while it is rotated: a bfloat16 query is rounded once.
-    scale = jnp.float32(q_BTNH.shape[-1] ** -0.5)
+    scale = jnp.float32(score.factor(q_BTNH.shape[-1]))
     cos, sin = angles
     q_BTNH = rotate(q_BTNH, (cos * scale, sin * scale))
-    return _attend(q_BTNH, rotate(k_BTKH, angles), v_BTKH, position_BT, segment_BT)
+    k_BTKH = rotate(k_BTKH, angles)
+    return _attend(q_BTNH, k_BTKH, v_BTKH, position_BT, segment_BT, score)
 
 
 def forward_part(
@@ -97,12 +109,13 @@ def forward_part(
     segments: Segments | None,
     *,
     causal: bool,
+    score: Score = PLAIN,
 ) -> tuple[jax.Array, jax.Array]:
     """See `reference.forward_part`."""
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    block, kernel = _part_kernel(q_BTNH, S, causal)
+    block, kernel = _part_kernel(q_BTNH, S, causal, score)
     ids = _segment_ids(segments, q_BTNH.shape[0], T, S, block, causal)
-    names = ("block_sizes", "is_mqa", "mask_function", "mask_value", "interpret")
+    names = ("block_sizes", *_KEPT)
 
     def one(q: jax.Array, k: jax.Array, v: jax.Array, ids: Any) -> Pair:
         out, (lse,) = _kernels()._splash_attention_forward(
@@ -113,7 +126,7 @@ def forward_part(
         )
         return out, lse
 
-    q, k, v = (_heads_first(x, block) for x in (_scaled(q_BTNH), k_BSKH, v_BSKH))
+    q, k, v = (_heads_first(x, block) for x in (_scaled(q_BTNH, score), k_BSKH, v_BSKH))
     out_BNTH, lse_BNT = jax.vmap(one)(q, k, v, ids)
     return hide_unseen(_tokens_first(out_BNTH, T), lse_BNT[..., :T])
 
@@ -128,19 +141,18 @@ def backward_part(
     segments: Segments | None,
     *,
     causal: bool,
+    score: Score = PLAIN,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `reference.backward_part`."""
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    block, kernel = _part_kernel(q_BTNH, S, causal)
+    block, kernel = _part_kernel(q_BTNH, S, causal, score)
     ids = _segment_ids(segments, q_BTNH.shape[0], T, S, block, causal)
-    names = ("is_mqa", "mask_function", "mask_value", "interpret")
     head_minor = kernel.kwargs["block_sizes"].q_layout
     common = {
-        **{name: kernel.kwargs[name] for name in names},
+        **{name: kernel.kwargs[name] for name in _KEPT},
         **dict.fromkeys(("q_layout", "k_layout", "v_layout"), head_minor),
         "bq": block,
         "bkv": block,
-        "attn_logits_soft_cap": None,
     }
 
     def one(
@@ -160,13 +172,14 @@ def backward_part(
         )
         return dq, dk, dv
 
-    q, k, v = (_heads_first(x, block) for x in (_scaled(q_BTNH), k_BSKH, v_BSKH))
+    q, k, v = (_heads_first(x, block) for x in (_scaled(q_BTNH, score), k_BSKH, v_BSKH))
     missing = [(0, 0), (0, 0), (0, -T % block)]
     lse_BNT, mean_BNT = (jnp.pad(x, missing) for x in (above_masked(lse_BNT), mean_BNT))
     dout_BNTH = _heads_first(dout_BTNH, block)
     dq, dk, dv = jax.vmap(one)(q, k, v, ids, dout_BNTH, lse_BNT, mean_BNT)
     # The kernel knows the scaled queries only.
-    return _scaled(_tokens_first(dq, T)), _tokens_first(dk, S), _tokens_first(dv, S)
+    dq_BTNH = _scaled(_tokens_first(dq, T), score)
+    return dq_BTNH, _tokens_first(dk, S), _tokens_first(dv, S)
 
 
 def suits(q_BTNH: jax.Array, k_BSKH: jax.Array, position_BT: jax.Array | None) -> bool:
@@ -192,6 +205,7 @@ def _attend(
     v_BTKH: jax.Array,
     position_BT: jax.Array | None,
     segment_BT: jax.Array | None,
+    score: Score,
 ) -> jax.Array:
     """Attend; queries come scaled."""
     B, T, _, H = q_BTNH.shape
@@ -207,12 +221,12 @@ def _attend(
     ids = _segment_ids(segments, B, T, T, block, causal=True)
     # Padded keys come after every query; what padded queries see is cut off.
     operands = [_heads_first(x, block) for x in (q_BTNH, k_BTKH, v_BTKH)]
-    kernel = _kernel(T + -T % block, block)
+    kernel = _kernel(T + -T % block, block, score)
     return _tokens_first(jax.vmap(kernel)(*operands, ids), T)
 
 
-def _scaled(q_BTNH: jax.Array) -> jax.Array:
-    scale = jnp.float32(q_BTNH.shape[-1] ** -0.5)
+def _scaled(q_BTNH: jax.Array, score: Score) -> jax.Array:
+    scale = jnp.float32(score.factor(q_BTNH.shape[-1]))
     return (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
 
 
@@ -250,11 +264,13 @@ def _block(T: int, row_bytes: int) -> int:
     return _BLOCKS[-1]
 
 
-def _part_kernel(q_BTNH: jax.Array, S: int, causal: bool) -> tuple[int, Any]:
+def _part_kernel(
+    q_BTNH: jax.Array, S: int, causal: bool, score: Score
+) -> tuple[int, Any]:
     """The block for T queries and S keys, and a kernel for the mask."""
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     block = _block(min(T, S), H * q_BTNH.dtype.itemsize)
-    kernel = _kernel(T + -T % block, block)
+    kernel = _kernel(T + -T % block, block, score)
     if causal:
         return block, kernel
     # Without a word about them all blocks are computed and none is masked.
@@ -277,7 +293,29 @@ def _kernels() -> Any:
     return splash_attention_kernel
 
 
-def _kernel(T: int, block: int) -> Any:
+def _masks(T: int, block: int, window: int | None) -> tuple[Any, Any]:
+    """The mask, and a smaller one with the same blocks if it is cut in blocks of 3.
+
+    The library looks at every element of a mask to know which blocks are empty and
+    which are full (88 s for T = 131072), so it is shown the smaller one; inside the
+    kernels a mask is made by its function. Blocks of 3 are the least that tell apart
+    windows that end with a block from those that end in one.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    small = 3 * T // block
+    if window is None:
+        return masks.CausalMask((T, T)), masks.CausalMask((small, small))
+    small_window = 3 * (window // block) + min(window % block, 2)
+    return (
+        masks.LocalMask((T, T), (window - 1, 0), 0),
+        masks.LocalMask((small, small), (small_window - 1, 0), 0),
+    )
+
+
+def _kernel(T: int, block: int, score: Score = PLAIN) -> Any:
     """(q [N, T, H], k [K, T, H], v [K, T, H], segments) -> [N, T, H]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_mask as masks,
@@ -295,22 +333,25 @@ def _kernel(T: int, block: int) -> Any:
             block_kv_dq=block,
         )
 
-    # The library looks at every element of the mask (88 s for T = 131072). Which blocks
-    # are full, mixed or empty is the same for blocks of 2, and so it asks only those.
-    small = 2 * T // block
+    mask, small_mask = _masks(T, block, score.window)
     made = kernels.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((small, small))]),
+        masks.MultiHeadMask([small_mask]),
         head_shards=1,
         q_seq_shards=1,
-        block_sizes=sizes(2),
+        block_sizes=sizes(3),
+        attn_logits_soft_cap=score.softcap,
         residual_checkpoint_name=CONTEXT,
         interpret=current_target().platform != "tpu",
     )
-    rows = jnp.arange(T, dtype=jnp.int32)
+    rows = jnp.asarray(mask.q_sequence)
     kernel: Any = kernels.SplashAttentionKernel(
         made.fwd_mask_info._replace(q_sequence=rows),
         made.dq_mask_info._replace(q_sequence=rows),
         made.dkv_mask_info._replace(q_sequence=rows),
-        **{**made.kwargs, "block_sizes": sizes(block)},
+        **{
+            **made.kwargs,
+            "block_sizes": sizes(block),
+            "mask_function": mask.mask_function,
+        },
     )
     return kernel

@@ -22,7 +22,7 @@ from llmos_jax.training.pipeline.stage import (
     passed_on,
     picked,
     scattered,
-    share_of,
+    shares_of,
     through,
     zeros,
 )
@@ -70,11 +70,11 @@ def one_forward_one_back(
 
     def turn(carry: _Carry, t: jax.Array, made: Made) -> tuple[_Carry, jax.Array]:
         """The loss of what the last stage has just made, and its gradient."""
-        targets = share_of(picked(parts, t - (P - 1))["targets"])
+        share = shares_of(picked(parts, t - (P - 1)))
 
         def head(cast: Params, share_btD: jax.Array) -> jax.Array:
             model = job.bind(cast)
-            return learnt_by(model, model.final_norm(share_btD), targets)
+            return learnt_by(model, model.final_norm(share_btD), share)
 
         loss, way_back = jax.vjp(head, cast, scattered(made.y_bTD, is_last))
         dcast, dshare_btD = way_back(jnp.float32(1 / (M * P)))

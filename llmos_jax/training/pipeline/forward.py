@@ -24,7 +24,7 @@ from llmos_jax.training.pipeline.stage import (
     passed_on,
     picked,
     scattered,
-    share_of,
+    shares_of,
     through,
     zeros,
 )
@@ -50,7 +50,7 @@ class Weights(NamedTuple):
         )
 
     def _one(self, path: str, x: jax.Array, round_: Any, rounds: int) -> jax.Array:
-        sums = None if self.sums is None else self.sums[path]
+        sums = None if self.sums is None else self.sums.get(path)
         if rounds > 1 and path in layers_of(self.job.skeleton.table):
             x = jax.lax.dynamic_index_in_dim(x, round_, keepdims=False)
             if sums is not None:
@@ -88,8 +88,7 @@ def all_forward(
         weights = Weights(job, cast, _dealt(job, sums))
         features, added, figures = features_of(job, weights, batch)
         model = weights.at()
-        targets = share_of(batch["targets"])
-        loss = learnt_by(model, model.final_norm(features), targets) / P
+        loss = learnt_by(model, model.final_norm(features), shares_of(batch)) / P
         return loss + added / M, (loss, figures)
 
     sums = zeros(job, params)

@@ -37,7 +37,7 @@ from llmos_jax.training.pipeline.stage import (
     Model,
     joined,
     layers_of,
-    share_of,
+    shares_of,
     split_of,
 )
 
@@ -71,7 +71,7 @@ def pipelined(
         stage,
         *(params, batch),
         in_split=(split, whole),
-        out_split=(whole, split),
+        out_split=(whole, {path: split[path] for path in job.skeleton.table.trained}),
     )
     return result
 
@@ -97,8 +97,8 @@ def pipelined_sums(
     def stage(params: Params, batch: Batch) -> jax.Array:
         weights = Weights(forward, forward.cast(params), None)
         model, (features, _, _) = weights.at(), features_of(forward, weights, batch)
-        share = {name: share_of(x_BT) for name, x_BT in batch.items()}
-        sums: jax.Array = finish(model, model.final_norm(features), share)
+        features = model.final_norm(features)
+        sums: jax.Array = finish(model, features, shares_of(batch))
         return jax.lax.psum(sums, AXIS)
 
     sums: jax.Array = along(

@@ -27,8 +27,8 @@ from llmos_jax.training.router import (
 AXIS = "stage"
 Batch = dict[str, jax.Array]
 Model = Any
-Loss = Callable[[Model, jax.Array, jax.Array], jax.Array]
-"""(model, features [B, T, D], targets [B, T]) -> mean loss."""
+Loss = Callable[[Model, jax.Array, Batch], jax.Array]
+"""(model, features [B, T, D], batch of as many tokens) -> mean loss."""
 
 
 class Job(NamedTuple):
@@ -132,9 +132,9 @@ def split_of(table: ParamTable) -> dict[str, PartitionSpec]:
 
 
 def zeros(job: Job, params: Params) -> Params:
-    """Where gradients are summed."""
-    dtype = jnp.dtype(job.way.gradient_dtype)
-    return {path: jnp.zeros_like(x, dtype) for path, x in params.items()}
+    """Where gradients are summed: of what is trained."""
+    dtype, trained = jnp.dtype(job.way.gradient_dtype), job.skeleton.table.trained
+    return {path: jnp.zeros_like(params[path], dtype) for path in trained}
 
 
 def passed_on(x: jax.Array, back: bool = False) -> jax.Array:
@@ -166,6 +166,11 @@ def share_of(x_BT: jax.Array) -> jax.Array:
     P, at = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     x_BtP = x_BT.reshape(x_BT.shape[0], -1, P)
     return jax.lax.dynamic_index_in_dim(x_BtP, at, axis=2, keepdims=False)
+
+
+def shares_of(batch: Batch) -> Batch:
+    """`share_of` each array."""
+    return {name: share_of(x_BT) for name, x_BT in batch.items()}
 
 
 _SPLIT = ("batch", "residual", None)

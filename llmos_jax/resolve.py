@@ -1,0 +1,276 @@
+"""Turn what a config names into artefacts: a model, its weights, a machine, a workload.
+
+A model is a name under configs/models/, a TOML file, or something with weights: a run
+folder or a checkpoint of ours, somebody else's Hugging Face folder or GGUF file. All of
+the latter answer alike once they are open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmos_jax import hardware
+from llmos_jax.config import (
+    BatchSection,
+    LoraSection,
+    PlanSection,
+    RunConfig,
+    SyncSection,
+    load_config,
+    load_model,
+    override_config,
+)
+from llmos_jax.errors import ConfigError
+from llmos_jax.ir import Lora, ModelSpec, Pins, Plan, Topology, Workload
+
+if TYPE_CHECKING:
+    from llmos_jax.interchange import OpenedModel
+
+
+def open_model(name: str) -> OpenedModel:
+    """Open what has weights: a run folder, a checkpoint, a Hugging Face folder, a GGUF
+    file.
+
+    Raises:
+        CheckpointError: nothing there, or damaged.
+    """
+    from llmos_jax import checkpoint, interchange
+
+    if interchange.is_foreign(name):
+        return interchange.open_archive(name)
+    return checkpoint.open_checkpoint(name)
+
+
+def inspect(name: str) -> dict[str, Any]:
+    """What a model with weights holds, as plain figures."""
+    from llmos_jax import checkpoint, interchange
+
+    if interchange.is_foreign(name):
+        return interchange.inspect(name)
+    return checkpoint.inspect(name)
+
+
+def lay_over(opened: OpenedModel, adapter: str) -> OpenedModel:
+    """Lay an adapter in PEFT's format over a model."""
+    from llmos_jax import interchange
+
+    return interchange.Adapted(opened, interchange.read_adapter(adapter))
+
+
+def has_weights(name: str) -> bool:
+    """Whether a model's name is a place with weights, not a mere description."""
+    path = Path(name).expanduser()
+    return path.is_dir() or path.suffix == ".gguf"
+
+
+def usual_form(model: str, out: str) -> Literal["checkpoint", "hf", "gguf"]:
+    """What a model is converted to if nobody says."""
+    from llmos_jax import interchange
+
+    if Path(out).suffix == ".gguf":
+        return "gguf"
+    return "checkpoint" if interchange.is_foreign(model) else "hf"
+
+
+def origin_of(config: RunConfig) -> OpenedModel | None:
+    """What training begins with: the weights and the tokenizer of a model that has
+    them; None where they are to be drawn and trained."""
+    if config.train.from_scratch or not has_weights(config.model):
+        if config.lora.adapter is not None:
+            raise ConfigError(
+                f"lora.adapter = {config.lora.adapter} lies over weights, and "
+                f"model = {config.model} has none to begin with. Name a folder or a "
+                "GGUF file."
+            )
+        return None
+    opened = open_model(config.model)
+    adapter = config.lora.adapter
+    return opened if adapter is None else lay_over(opened, adapter)
+
+
+def spec_of(config: RunConfig) -> ModelSpec:
+    """The model of a config, with the factors that `[lora]` puts beside its weights."""
+    return with_lora(resolve_model(config.model), config.lora)
+
+
+def with_lora(spec: ModelSpec, lora: LoraSection) -> ModelSpec:
+    """A model with factors beside its weights, if any are asked for."""
+    if lora.adapter is not None:
+        from llmos_jax import interchange
+
+        adapter = interchange.read_adapter(lora.adapter)
+        return replace(spec, lora=adapter.lora).check()
+    if not lora.rank:
+        return spec
+    asked = Lora(rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets))
+    return replace(spec, lora=asked).check()
+
+
+def resolve_model(name: str) -> ModelSpec:
+    """What a model is: see the module."""
+    if not has_weights(name):
+        return load_model(name)
+    from llmos_jax import interchange
+
+    if interchange.is_foreign(name):
+        return interchange.foreign_spec(name)
+    from llmos_jax.checkpoint import find_checkpoint
+
+    found = find_checkpoint(name)
+    return found.store.manifest(found.step).model
+
+
+def resolve_topology(name: str | None) -> Topology:
+    """A topology by name, or the devices that are here, as fast as they are."""
+    if name is not None:
+        return hardware.parse_topology(name)
+    from llmos_jax import lowering
+
+    return lowering.measured_topology(lowering.local_topology())
+
+
+def resolve_workload(
+    config: RunConfig, spec: ModelSpec, topology: Topology
+) -> Workload:
+    """The step a config asks for on a machine.
+
+    Raises:
+        ConfigError: a sequence longer than the model's context, a `batch.per_device`
+            that makes no whole batch, or replicas that never agree.
+    """
+    batch = config.batch
+    if batch.seq_len > spec.max_seq_len:
+        raise ConfigError(
+            f"batch.seq_len = {batch.seq_len} is longer than the context of "
+            f"{spec.name} ({spec.max_seq_len}). Set batch.seq_len to at most that."
+        )
+    if batch.global_ is not None:
+        global_batch = float(batch.global_)
+    else:
+        per_device = 1.0 if batch.per_device is None else batch.per_device
+        global_batch = per_device * topology.num_devices
+    if global_batch != round(global_batch):
+        raise ConfigError(
+            f"batch.per_device = {batch.per_device} on {topology.num_devices} devices "
+            f"makes {global_batch:g} sequences, which is no whole number."
+        )
+    step = Workload(
+        phase=config.plan.phase,
+        global_batch=round(global_batch),
+        seq_len=batch.seq_len,
+        compute_dtype=config.train.compute_dtype,
+        optimizer_moments=2 if config.train.optimizer == "adamw" else 0,
+    )
+    if config.sync.strategy == "local" and step.phase == "train":
+        step = replace(step, local_steps=_local_steps(config))
+    if step.phase != "train":
+        goal_ms = config.serve.max_step_ms
+        step = replace(
+            step,
+            param_dtype=config.serve.weight_dtype,
+            kv_dtype=config.serve.kv_dtype,
+            max_step_s=None if goal_ms is None else goal_ms / 1000,
+        )
+    return step.check()
+
+
+def _local_steps(config: RunConfig) -> int:
+    if config.sync.steps < 1:
+        raise ConfigError(
+            f"sync.steps = {config.sync.steps}: replicas that learn alone must agree "
+            "after some number of steps. Set sync.steps to 1 or more."
+        )
+    return config.sync.steps
+
+
+def open_with_config(
+    model: str, overrides: Sequence[str]
+) -> tuple[OpenedModel, RunConfig]:
+    """Open a model to use it, and say how: the config of its run, or the defaults."""
+    opened = open_model(model)
+    config = config_of(opened, model, overrides)
+    if config.lora.adapter is not None:
+        opened = lay_over(opened, config.lora.adapter)
+    return opened, config
+
+
+def reference_of(opened: OpenedModel, config: RunConfig) -> OpenedModel | None:
+    """The model that `evaluate.against` names, checked to share a vocabulary."""
+    name = config.evaluate.against
+    if name is None:
+        return None
+    reference = open_model(name)
+    ours, theirs = opened.tokenizer.vocabulary(), reference.tokenizer.vocabulary()
+    if ours != theirs:
+        differing = len(set(ours.items()) ^ set(theirs.items()))
+        raise ConfigError(
+            f"evaluate.against = {name}: its vocabulary is not that of "
+            f"{opened.skeleton.spec.name} ({differing} tokens differ), so what the two "
+            "predict cannot be compared. Compare models with the same tokenizer, or "
+            "evaluate each by itself: bits per byte compare across tokenizers."
+        )
+    return reference
+
+
+def to_score(config: RunConfig) -> RunConfig:
+    """The same run, planned for a forward pass alone, in the dtype it computes in."""
+    return replace(
+        config,
+        plan=replace(config.plan, phase="prefill"),
+        serve=replace(config.serve, weight_dtype=config.train.compute_dtype),
+    )
+
+
+def on_same_mesh(config: RunConfig, chosen: Plan) -> RunConfig:
+    """The run of `evaluate.against`, planned for the mesh that was chosen."""
+    assert config.evaluate.against is not None
+    asked = to_score(config)
+    mesh = dict(chosen.mesh.sizes)
+    return replace(
+        asked,
+        model=config.evaluate.against,
+        lora=LoraSection(),
+        plan=replace(asked.plan, mesh=mesh),
+    )
+
+
+def config_of(opened: OpenedModel, model: str, overrides: Sequence[str]) -> RunConfig:
+    """The config of a checkpoint's run, freed of what only training needs.
+
+    The devices here may be others than the run had, so its batch, mesh, topology and
+    way of agreeing go; overrides may set them again. What has no run has the defaults,
+    but computes in float32 on a CPU, which has nothing faster.
+    """
+    from llmos_jax import lowering
+
+    source = None if opened.config_path is None else str(opened.config_path)
+    pins = [f"model={model}"]
+    kept = load_config(source, pins).config
+    spec, devices = opened.skeleton.spec, lowering.local_topology().num_devices
+    freed = replace(
+        kept,
+        topology=None,
+        plan=PlanSection(),
+        sync=SyncSection(),
+        lora=LoraSection(),
+        batch=BatchSection(
+            seq_len=min(kept.batch.seq_len, spec.max_seq_len), global_=8 * devices
+        ),
+    )
+    if source is None and lowering.local_topology().chip.vendor == "cpu":
+        freed = replace(freed, train=replace(freed.train, compute_dtype="float32"))
+    return override_config(freed, overrides)
+
+
+def pins_of(config: RunConfig) -> Pins:
+    """The decisions that a config makes by hand."""
+    known = {field.name for field in fields(Pins)}
+    asked = {
+        field.name: getattr(config.plan, field.name)
+        for field in fields(config.plan)
+        if field.name in known
+    }
+    return Pins(**{**asked, "mesh": config.plan.mesh or None})
