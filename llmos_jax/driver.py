@@ -153,6 +153,7 @@ def _train(config: RunConfig) -> dict[str, Any]:
     say = partial(log, enabled=is_first)
 
     skeleton = models.skeleton(spec_of(config))
+    origin = origin_of(config)
     chosen = plan(config)
     say(chosen.explain())
     folder = training.open_folder(config)
@@ -165,7 +166,6 @@ def _train(config: RunConfig) -> dict[str, Any]:
     if is_first:
         folder.record(config, plan_document(chosen))
 
-    origin = origin_of(config)
     text = data.prepare(
         config.data,
         own=None if origin is None else origin.tokenizer,
@@ -223,8 +223,9 @@ def generate(
     else:
         prompt_ids = data.prompt_ids(tokenizer, prompt)
 
+    dtype = config.train.compute_dtype
     completion = serving.Generator(
-        opened.skeleton, opened.params(), compute_dtype=config.train.compute_dtype
+        opened.skeleton, resolve.read_to_compute(opened, dtype), compute_dtype=dtype
     ).complete(
         prompt_ids,
         max_tokens=max_tokens,
@@ -377,16 +378,17 @@ def _evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
     report: dict[str, Any] = {"model": opened.skeleton.spec.name, "step": opened.step}
     if reference is None:
         scorer = training.open_scorer(opened.skeleton, chosen, dtype, windows)
-        params = opened.params(scorer.param_shardings)
+        params = resolve.read_to_compute(opened, dtype, scorer.param_shardings)
         score = scorer.score(params, text, on_progress=tell)
     else:
         scorer = training.open_comparison(
             opened.skeleton, reference.skeleton, chosen, dtype, windows
         )
         like = resolve.on_same_mesh(config, chosen)
+        theirs = lowering.param_shardings(plan(like), scorer.places.mesh)
         both = (
-            opened.params(scorer.param_shardings),
-            reference.params(lowering.param_shardings(plan(like), scorer.places.mesh)),
+            resolve.read_to_compute(opened, dtype, scorer.param_shardings),
+            resolve.read_to_compute(reference, dtype, theirs),
         )
         found = training.distance(scorer.sums(text, *both, on_progress=tell))
         score = found.score

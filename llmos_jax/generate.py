@@ -36,8 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     def answer(arguments: Any) -> Answer:
         from llmos_jax.serving import Sampling
 
-        hear = silence if arguments.json else speak
-        hear(arguments.prompt)
+        say = silence if arguments.json else speak
+        # Said with the first token, so that an error stands on a line of its own.
+        waiting = [] if arguments.chat else [arguments.prompt]
+
+        def hear(text: str) -> None:
+            while waiting:
+                say(waiting.pop())
+            say(text)
+
         report = driver.generate(
             arguments.model,
             arguments.prompt,

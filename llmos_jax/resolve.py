@@ -28,6 +28,7 @@ from llmos_jax.ir import Lora, ModelSpec, Pins, Plan, Topology, Workload
 
 if TYPE_CHECKING:
     from llmos_jax.interchange import OpenedModel
+    from llmos_jax.models import Params
 
 
 def open_model(name: str) -> OpenedModel:
@@ -51,6 +52,22 @@ def inspect(name: str) -> dict[str, Any]:
     if interchange.is_foreign(name):
         return interchange.inspect(name)
     return checkpoint.inspect(name)
+
+
+def read_to_compute(
+    opened: OpenedModel, dtype: str, shardings: dict[str, Any] | None = None
+) -> Params:
+    """Read a model's parameters in the dtype that they are computed with, so that none
+    lies in memory in two; routers as they are stored (models.Skeleton.cast)."""
+    import jax
+
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = {row.path: here for row in opened.skeleton.table.rows}
+    routers = {path: x for path, x in shardings.items() if path.endswith(".router")}
+    others = {path: x for path, x in shardings.items() if path not in routers}
+    params = opened.params(others, dtype=dtype)
+    return params | opened.params(routers) if routers else params
 
 
 def lay_over(opened: OpenedModel, adapter: str) -> OpenedModel:
@@ -79,11 +96,12 @@ def origin_of(config: RunConfig) -> OpenedModel | None:
     """What training begins with: the weights and the tokenizer of a model that has
     them; None where they are to be drawn and trained."""
     if config.train.from_scratch or not has_weights(config.model):
-        if config.lora.adapter is not None:
+        asked = config.lora.adapter is not None or config.lora.rank > 0
+        if asked:
             raise ConfigError(
-                f"lora.adapter = {config.lora.adapter} lies over weights, and "
-                f"model = {config.model} has none to begin with. Name a folder or a "
-                "GGUF file."
+                "[lora] trains factors beside weights that stay as they are, and "
+                f"model = {config.model} begins with random ones. Name a run, a "
+                "Hugging Face folder or a GGUF file, or leave lora.* out."
             )
         return None
     opened = open_model(config.model)

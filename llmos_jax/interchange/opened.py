@@ -80,7 +80,10 @@ def open_archive(path: str | Path) -> OpenedArchive:
         CheckpointError: neither of them, or damaged.
         ConfigError: a model with features that we do not have.
     """
-    return OpenedArchive(_archive(_existing(path)))
+    path = _existing(path)
+    if path.is_dir():
+        _spec(read_config(path), path)  # a foreign kind of model is refused as such
+    return OpenedArchive(_archive(path))
 
 
 def foreign_spec(path: str | Path) -> ModelSpec:

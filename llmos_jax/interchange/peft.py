@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from llmos_jax.data import Tokenizer
 from llmos_jax.errors import CheckpointError, ConfigError
 from llmos_jax.interchange.archive import OpenedModel
 from llmos_jax.ir import LORA_TARGETS, Lora, ModelSpec
@@ -108,8 +109,12 @@ class Adapted:
         self._under, self._adapter = under, adapter
         spec = replace(under.skeleton.spec, lora=adapter.lora).check()
         self.skeleton = skeleton(spec)
-        self.tokenizer, self.step = under.tokenizer, under.step
-        self.config_path = under.config_path
+        self.step, self.config_path = under.step, under.config_path
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self._under.tokenizer
 
     def params(
         self, shardings: dict[str, Any] | None = None, *, dtype: str | None = None

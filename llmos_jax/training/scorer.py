@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llmos_jax.data import TokenFile, evaluation_batches, num_evaluation_batches
+from llmos_jax.errors import ConfigError
 from llmos_jax.ir import Plan
 from llmos_jax.lowering import (
     Program,
@@ -154,17 +155,8 @@ def open_scorer(
     mesh: Mesh | None = None,
 ) -> Scorer:
     """Lower the program that scores a plan's batches, for the devices that are here."""
-    mesh = device_mesh(plan) if mesh is None else mesh
-    program = lower(
-        "score_step",
-        score_step(skeleton, compute_dtype=compute_dtype, way=plan.way),
-        plan,
-        mesh,
-        (),
-        out_shardings=replicated(mesh),
-    )
-    places = Places(plan=plan, mesh=mesh)
-    return Scorer(places=places, program=program, windows=windows)
+    step = score_step(skeleton, compute_dtype=compute_dtype, way=plan.way)
+    return _lowered("score_step", step, plan, windows, mesh)
 
 
 def open_comparison(
@@ -175,18 +167,30 @@ def open_comparison(
     windows: Windows,
 ) -> Scorer:
     """Lower the program that compares two models on a plan's batches; its `sums` take
-    the parameters of both."""
-    mesh = device_mesh(plan)
-    program = lower(
-        "compare_step",
-        compare_step(skeleton, reference, compute_dtype=compute_dtype, way=plan.way),
-        plan,
-        mesh,
-        (),
-        out_shardings=replicated(mesh),
-    )
-    places = Places(plan=plan, mesh=mesh)
-    return Scorer(places=places, program=program, windows=windows)
+    the parameters of both.
+
+    Raises:
+        ConfigError: the plan is a pipeline, which would need two.
+    """
+    if plan.mesh.stage > 1:
+        raise ConfigError(
+            f"evaluate.against cannot run on stage={plan.mesh.stage}: two models are "
+            "two pipelines. Set plan.mesh.stage=1."
+        )
+    step = compare_step(skeleton, reference, compute_dtype=compute_dtype, way=plan.way)
+    return _lowered("compare_step", step, plan, windows, None)
+
+
+def _lowered(
+    name: str,
+    step: Callable[..., Any],
+    plan: Plan,
+    windows: Windows,
+    mesh: Mesh | None,
+) -> Scorer:
+    mesh = device_mesh(plan) if mesh is None else mesh
+    program = lower(name, step, plan, mesh, (), out_shardings=replicated(mesh))
+    return Scorer(places=Places(plan=plan, mesh=mesh), program=program, windows=windows)
 
 
 def distance(sums: Iterator[np.ndarray]) -> Distance:

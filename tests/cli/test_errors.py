@@ -151,12 +151,33 @@ BAD_WORDS = {
     "missing run": (["generate", "/nowhere", "--prompt", "x"], 1, "does not exist"),
     "missing run to score": (["evaluate", "/nowhere"], 1, "does not exist"),
     "missing run to inspect": (["doctor", "/nowhere"], 1, "does not exist"),
+    "missing GGUF file": (["generate", "/x.gguf", "--prompt", "x"], 1, "there is no"),
+    "nothing to convert": (["convert", "/nowhere", "--out", "/y"], 1, "does not exist"),
+    "nowhere to convert to": (["convert", "/nowhere"], 2, "--out"),
+    "unknown form": (["convert", "x", "--out", "y", "--to", "onnx"], 2, "onnx"),
+    "missing adapter": (
+        ["plan", "--set", "model=tiny", "--set", "lora.adapter=/nowhere",
+         "--set", "batch.seq_len=8"],
+        1,
+        "adapter_config.json cannot be read",
+    ),
+    "unknown LoRA target": (
+        ["plan", "--set", "model=tiny", "--set", "lora.rank=2", "--set",
+         'lora.targets=["key"]', "--set", "batch.seq_len=8"],
+        2,
+        "choose among q, k, v",
+    ),
+    "factors beside nothing": (
+        ["train", "--set", "model=tiny", "--set", "lora.rank=2"],
+        2,
+        "begins with random ones",
+    ),
     "bad number": (
         ["generate", "x", "--prompt", "x", "--max-tokens", "y"],
         2,
         "invalid",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -186,6 +207,31 @@ def test_evaluate_refuses_a_missing_text(small_run, capsys):
     words = ["evaluate", small_run, "--set", "data.test=/nowhere.txt"]
     found, message, _ = run(capsys, *words)
     assert found == 2 and "/nowhere.txt does not exist" in message
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "convert", "doctor", "plan"])
+def test_every_verb_says_what_is_wrong_with_a_foreign_model(verb, tmp_path, capsys):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(20))
+    words = {
+        "generate": ["generate", broken, "--prompt", "x"],
+        "convert": ["convert", broken, "--out", tmp_path / "out"],
+        "plan": ["plan", "--set", f"model={broken}"],
+    }.get(verb, [verb, broken])
+    found, message, _ = run(capsys, *words)
+    assert found == 1 and str(broken) in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_kind_of_model_is_refused_by_its_kind(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    found, message, _ = run(capsys, "generate", tmp_path, "--prompt", "x")
+    assert found != 0 and "bert" in message and "llama" in message
+
+
+def test_an_instruction_without_a_template_is_refused(small_run, capsys):
+    found, message, _ = run(capsys, "generate", small_run, "--chat", "--prompt", "x")
+    assert found == 2 and "template" in message
 
 
 def test_a_folder_that_is_no_run_is_told_apart(tmp_path, capsys):

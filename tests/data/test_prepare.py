@@ -198,6 +198,7 @@ def test_two_processes_at_once_both_end_well(section, cache):
     assert said[0].split()[0] == prepared(section, cache).train.fingerprint
 
 
+@pytest.mark.slow
 def test_python_docs_is_fast_the_second_time(cache):
     section = DataSection(validation_share=0.03)
     first = prepared(section, cache, vocab_size=512)

@@ -142,7 +142,7 @@ def test_greedy_text_is_that_of_transformers_on_twenty_prompts(name, opened):
         assert list(found.token_ids) == wanted, prompt
 
 
-@BOTH
+@SMALL_FIRST
 def test_what_goes_out_comes_back_bit_for_bit(name, opened, tmp_path):
     model, params = opened(name)
     folder = tmp_path / "hf"

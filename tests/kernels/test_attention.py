@@ -227,7 +227,15 @@ def test_rotary_attention_is_rotation_then_attention(
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("name", ["blocked", "pallas_gpu", "reference", "splash"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reference",
+        "splash",
+        pytest.param("blocked", marks=pytest.mark.slow),
+        pytest.param("pallas_gpu", marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_is_as_near_as_bfloat16_can_be(name: str, key: jax.Array) -> None:
     shape = (1, 260, 260, 4, 2, 64)
     half = [x.astype(jnp.bfloat16) for x in inputs(shape, key)]

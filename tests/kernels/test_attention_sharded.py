@@ -133,7 +133,9 @@ def test_a_mesh_changes_nothing(
         pytest.param({"context": 4, "tensor": 2}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(
+    "exchange", [EXCHANGES[0], pytest.param(EXCHANGES[1], marks=pytest.mark.slow)]
+)
 def test_a_decoder_learns_the_same_where_sequences_are_split(
     tiny: ModelSpec, exchange: str, sizes: dict[str, int], key: jax.Array
 ) -> None:

@@ -148,6 +148,7 @@ def check_probe(model, topology, *texts):
 PINS = ("plan.mesh.fsdp=4", "plan.mesh.tensor=2", "plan.remat=full")
 
 
+@pytest.mark.slow
 def test_a_probe_says_of_simulated_devices_what_the_whole_program_says(six):
     exact, probed = check_probe(six, "cpu:8", *PINS)
     assert exact["jax"] == jax.__version__

@@ -71,9 +71,10 @@ def test_factors_are_drawn_beside_the_weights_and_saved_with_them(
     assert resolve.open_model(str(merged)).skeleton.spec.lora is None
 
 
-def test_an_adapter_needs_weights_to_lie_over(tmp_path):
-    config = load_config(None, ["model=tiny", f"lora.adapter={tmp_path}"]).config
-    with pytest.raises(ConfigError, match="has none to begin with"):
+@pytest.mark.parametrize("asked", ["lora.adapter=there", "lora.rank=4"])
+def test_factors_need_weights_to_lie_over(asked):
+    config = load_config(None, ["model=tiny", asked]).config
+    with pytest.raises(ConfigError, match="begins with random ones"):
         resolve.origin_of(config)
 
 

@@ -138,6 +138,7 @@ def trained(skeleton, batch, state_dtype, steps=8):
     return state, losses
 
 
+@pytest.mark.slow
 def test_moments_in_bfloat16_take_half_and_learn_as_well(skeleton, batch):
     (state, losses), (half, others) = (
         trained(skeleton, batch, dtype) for dtype in ("float32", "bfloat16")
