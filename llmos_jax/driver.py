@@ -298,7 +298,8 @@ def _convert(
         return {"model": skeleton.spec.name, "form": form, "out": out}
     spec, params = interchange.merged(skeleton.spec, params)
     skeleton = models.skeleton(spec)
-    before = interchange.probe(skeleton, params, tokenizer)
+    dtype = str(params["embed.table"].dtype)
+    before = interchange.probe(skeleton, params, tokenizer, dtype)
     log(f"writing {out}")
     if form == "checkpoint":
         made_by = {"llmos_jax": __version__, "converted_from": str(model)}
@@ -316,10 +317,13 @@ def _convert(
     num_params = skeleton.table.num_params
     del params  # before the other is read: a model is never in memory twice
     made = resolve.open_model(out)
-    after = interchange.probe(made.skeleton, made.params(), made.tokenizer)
+    after = interchange.probe(made.skeleton, made.params(), made.tokenizer, dtype)
     alike = interchange.likeness(before, after)
-    is_exact = form != "gguf" or kind == "f32"
-    if alike.same_top1 < (1.0 if is_exact else LIKE_ENOUGH):
+    if form == "gguf":
+        is_like = alike.same_top1 >= LIKE_ENOUGH
+    else:
+        is_like = alike.max_difference <= SAME * alike.largest
+    if not is_like:
         raise CheckpointError(
             f"{out} was written and read back, and does not answer as {model} does: "
             f"the same next token after {alike.same_top1:.1%} of {alike.tokens}, "
@@ -339,8 +343,11 @@ def _convert(
 
 LIKE_ENOUGH = 0.7
 """Share of next tokens that must stay the same through 8-bit weights, over the probe's
-few dozen tokens. A judgement: SmolLM2 and Gemma 3 keep 95 % and more in Q8_0, a model
-with wrongly permuted weights keeps hardly any."""
+few dozen tokens. A judgement: SmolLM2 keeps 98.6 % in Q8_0 (`convert --kind q8_0`), and
+weights in a wrong order should leave little."""
+
+SAME = 1e-3
+"""Of the largest logit: how far the same bits may be off; 0 was always seen."""
 
 
 def evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:

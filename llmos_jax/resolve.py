@@ -124,6 +124,12 @@ def with_lora(spec: ModelSpec, lora: LoraSection) -> ModelSpec:
     if not lora.rank:
         return spec
     asked = Lora(rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets))
+    if spec.lora not in (None, asked):
+        raise ConfigError(
+            f"model {spec.name} has LoRA factors of rank {spec.lora.rank} already, and "
+            f"lora.rank = {lora.rank} asks for others. Leave lora.* out to train those "
+            "on, or merge them first: convert MODEL --to hf --out FOLDER."
+        )
     return replace(spec, lora=asked).check()
 
 

@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llmos_jax.data import Tokenizer
 from llmos_jax.errors import CheckpointError, ConfigError
 from llmos_jax.interchange.archive import OpenedModel
+from llmos_jax.interchange.safetensors_file import DTYPES, read_header, read_rows
 from llmos_jax.ir import LORA_TARGETS, Lora, ModelSpec
 from llmos_jax.models import Params, skeleton
 
@@ -67,22 +67,24 @@ class Adapter:
                 this model.
         """
         path = self.folder / "adapter_model.safetensors"
-        with _explained(path) as opened:
-            named = {_stripped(name): name for name in opened.keys()}
-            found: dict[str, list[np.ndarray]] = {}
-            for ours, layer, name, shape in _places(replace(spec, lora=self.lora)):
-                if name not in named:
-                    raise CheckpointError(
-                        f"{path}: no tensor {name}, which lora target and layer "
-                        f"{layer} of {spec.name} need. Is it an adapter of this model?"
-                    )
-                x = np.asarray(opened.get_tensor(named.pop(name)), np.float32)
-                if x.shape != shape:
-                    raise CheckpointError(
-                        f"{path}: {name} is {x.shape}, and {spec.name} wants {shape}. "
-                        "Is it an adapter of this model?"
-                    )
-                found.setdefault(ours, []).append(x)
+        stored = read_header(path)
+        named = {_stripped(name): name for name in stored}
+        found: dict[str, list[np.ndarray]] = {}
+        for ours, layer, name, shape in _places(replace(spec, lora=self.lora)):
+            if name not in named:
+                raise CheckpointError(
+                    f"{path}: no tensor {name}, which lora target and layer "
+                    f"{layer} of {spec.name} need. Is it an adapter of this model?"
+                )
+            tensor = stored[named.pop(name)]
+            if tensor.shape != shape or tensor.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{path}: {name} is {tensor.dtype} {tensor.shape}, and {spec.name} "
+                    f"wants {' or '.join(DTYPES)}, {shape}. Is it an adapter of this "
+                    "model?"
+                )
+            x = read_rows(path, name, tensor, slice(None))
+            found.setdefault(ours, []).append(x.astype(np.float32))
         if named:
             some = ", ".join(sorted(named)[:10])
             raise CheckpointError(
@@ -153,6 +155,14 @@ def read_adapter(folder: str) -> Adapter:
             f"{config_path} cannot be read: {reason}. An adapter is a folder with "
             "adapter_config.json and adapter_model.safetensors, as PEFT saves it."
         ) from None
+    wanted = {"r": int, "lora_alpha": int | float}
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(key), kind) for key, kind in wanted.items()
+    ):
+        raise CheckpointError(
+            f"{config_path}: wanted an object with the numbers r and lora_alpha, as "
+            "PEFT saves it for LoRA. Fetch the adapter again."
+        )
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{config_path}: peft_type is {config.get('peft_type')!r}; "
                           "only LORA adapters can be laid over a model.")  # fmt: skip
@@ -289,22 +299,3 @@ def _stripped(name: str) -> str:
     for kind in ("lora_A", "lora_B"):
         plain = plain.replace(f"{kind}.default.", f"{kind}.")
     return plain
-
-
-class _explained:
-    """Open a safetensors file; whatever is wrong with it is one line."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __enter__(self) -> Any:
-        try:
-            self._file = safe_open(self._path, framework="numpy")
-            return self._file.__enter__()
-        except (SafetensorError, OSError) as problem:
-            raise CheckpointError(
-                f"{self._path} cannot be read: {problem}. Fetch the adapter again."
-            ) from None
-
-    def __exit__(self, *exception: Any) -> None:
-        self._file.__exit__(*exception)

@@ -31,19 +31,23 @@ class Likeness:
     tokens: int
     max_difference: float
     """Of any logit."""
+    largest: float
+    """Of the first one's logits, without its sign."""
     same_top1: float
     """Share of tokens after which both would say the same."""
 
 
-def probe(skeleton: Skeleton, params: Params, tokenizer: Tokenizer) -> np.ndarray:
-    """Return float32 logits [T, V] of TEXT, computed in the dtype that is stored.
+def probe(
+    skeleton: Skeleton, params: Params, tokenizer: Tokenizer, dtype: str
+) -> np.ndarray:
+    """Return float32 logits [T, V] of TEXT.
 
     Args:
         skeleton: the model.
         params: whole, on the CPU.
         tokenizer: the model's.
+        dtype: to compute in: the same for two models that are to be compared.
     """
-    dtype = str(params["embed.table"].dtype)
     ids = tokenizer.encode_prompt(TEXT)[: skeleton.spec.max_seq_len]
 
     @jax.jit
@@ -64,5 +68,6 @@ def likeness(one: np.ndarray, other: np.ndarray) -> Likeness:
     return Likeness(
         tokens=len(one),
         max_difference=float(np.abs(one - other).max()),
+        largest=float(np.abs(one).max()),
         same_top1=float(same.mean()),
     )

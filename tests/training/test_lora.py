@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos_jax import interchange, models, training
+from llmos_jax import interchange, models, resolve, training
+from llmos_jax.config import LoraSection
 from llmos_jax.config.schema import TrainSection
 from llmos_jax.errors import CheckpointError, ConfigError
 from llmos_jax.ir import Lora, Way
@@ -111,6 +112,20 @@ def test_an_adapter_reads_back_as_it_was(skeleton, spec, tiny, tmp_path):
         np.testing.assert_array_equal(x, params[path], err_msg=path)
 
 
+def test_an_adapter_in_bfloat16_is_read_as_it_is(skeleton, spec, tiny, tmp_path):
+    torch = pytest.importorskip("torch")
+    safetensors = pytest.importorskip("safetensors.torch")
+    params = drawn(skeleton)
+    folder = tmp_path / "adapter"
+    interchange.write_adapter(str(folder), spec, params, "base")
+    file = folder / "adapter_model.safetensors"
+    tensors = safetensors.load_file(file)
+    safetensors.save_file({k: x.to(torch.bfloat16) for k, x in tensors.items()}, file)
+    for path, x in interchange.read_adapter(str(folder)).factors(tiny).items():
+        rounded = jnp.asarray(params[path]).astype(jnp.bfloat16).astype(jnp.float32)
+        np.testing.assert_array_equal(x, rounded, err_msg=path)
+
+
 def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(
     skeleton, spec, tmp_path
 ):
@@ -146,6 +161,20 @@ def test_adapters_that_do_more_are_refused_by_key(
         interchange.read_adapter(str(folder))
 
 
+@pytest.mark.parametrize("page", ["[]", "{}", '{"r": "8", "lora_alpha": 1}', "{"])
+def test_a_damaged_adapter_is_one_clear_error(page, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(page)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        interchange.read_adapter(str(tmp_path))
+
+
+def test_other_factors_than_a_model_has_are_refused(spec, tiny):
+    same = LoraSection(rank=4, alpha=6.0, targets=LORA.targets)
+    assert resolve.with_lora(spec, same) == resolve.with_lora(tiny, same) == spec
+    with pytest.raises(ConfigError, match="has LoRA factors of rank 4 already"):
+        resolve.with_lora(spec, LoraSection(rank=8))
+
+
 def test_an_adapter_of_another_model_is_refused_by_tensor(skeleton, spec, tmp_path):
     folder = str(tmp_path / "adapter")
     interchange.write_adapter(folder, spec, drawn(skeleton), "base")
@@ -154,7 +183,7 @@ def test_an_adapter_of_another_model_is_refused_by_tensor(skeleton, spec, tmp_pa
     with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.2\."):
         adapter.factors(deeper)
     wider = dataclasses.replace(spec, ffn_dim=256, lora=None)
-    with pytest.raises(CheckpointError, match=r"is \(.*, and .* wants \("):
+    with pytest.raises(CheckpointError, match=r"is F32 \(.*, and .* wants .*\("):
         adapter.factors(wider)
     shallower = dataclasses.replace(spec, num_layers=1, lora=None)
     with pytest.raises(CheckpointError, match="has no place for"):

@@ -93,6 +93,15 @@ def test_a_checkpoint_keeps_the_dtypes_of_what_was_converted(folder, tmp_path):
         assert np.asarray(x).tobytes() == np.asarray(ours[path]).tobytes(), path
 
 
+def test_a_model_in_bfloat16_is_not_judged_by_the_dtype_of_its_export(folder, tmp_path):
+    """float32 GGUF of bfloat16 weights: computed alike, they answer alike."""
+    driver.convert(str(folder), str(tmp_path / "ours"), dtype="bfloat16")
+    found = driver.convert(
+        str(tmp_path / "ours"), str(tmp_path / "hf"), dtype="float32"
+    )
+    assert found["same_top1"] == 1.0 and found["max_logit_difference"] == 0.0
+
+
 def test_what_does_not_answer_alike_is_not_called_converted(
     folder, tmp_path, monkeypatch
 ):

@@ -135,8 +135,8 @@ def test_a_mesh_compares_as_one_device_does(
 
 
 def test_a_text_is_scored_once_whatever_the_stride(skeleton, params, tmp_path):
-    """More context lowers the loss of a model that learnt nothing by nothing much; the
-    tokens that count are the same."""
+    """Windows end to end are those of a stride as long as they are; a shorter stride
+    counts the same tokens, with more before them."""
     ids = np.random.default_rng(2).integers(0, 256, 300).astype("uint16")
     ids.tofile(tmp_path / "text.bin")
     tokens = TokenFile(
