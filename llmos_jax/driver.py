@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmos_jax import planner, resolve, rules
 from llmos_jax.config import RunConfig
-from llmos_jax.errors import CheckpointError, DoesNotFit, PlanError
+from llmos_jax.errors import CheckpointError, DoesNotFit
 from llmos_jax.ir import Plan
 from llmos_jax.places import cache_folder
 from llmos_jax.resolve import (
@@ -23,14 +23,16 @@ from llmos_jax.resolve import (
     pins_of,
     resolve_topology,
     resolve_workload,
+    served,
     spec_of,
 )
 
 if TYPE_CHECKING:
-    from llmos_jax.data import PreparedText
-    from llmos_jax.models import Skeleton
+    from llmos_jax.data import PreparedText, TokenFile
+    from llmos_jax.interchange import OpenedModel
+    from llmos_jax.models import Params, Skeleton
     from llmos_jax.serving import Sampling
-    from llmos_jax.training import Outcome, Session
+    from llmos_jax.training import Distance, Outcome, Session, Windows
 
 
 def plan(config: RunConfig, verify: str = "estimate") -> Plan:
@@ -46,8 +48,8 @@ def plan(config: RunConfig, verify: str = "estimate") -> Plan:
     """
     from llmos_jax import models
 
-    skeleton = models.skeleton(spec_of(config))
     topology = resolve_topology(config.topology)
+    skeleton = models.skeleton(served(spec_of(config), config, topology))
     workload = resolve_workload(config, skeleton.spec, topology)
     search = partial(
         planner.plan,
@@ -100,7 +102,7 @@ def ask_compiler(
     """Plan -> what the compiler says of it: the `compiled` part of `plan --json`.
 
     Args:
-        chosen: a plan for training.
+        chosen: a plan to train, to prefill or to decode.
         skeleton: its model.
         config: for the optimizer and the dtypes.
         verify: `probe` or `compile`.
@@ -108,26 +110,25 @@ def ask_compiler(
 
     Raises:
         DoesNotFit: the compiler needs more memory than a device has.
-        LowerError: no compiler for this machine is here, or it refused.
-        PlanError: a step that no program of this release runs.
+        LowerError: no compiler for this machine is here, or it refused; or no program
+            of this release does what is planned.
     """
-    from llmos_jax import lowering, models, training
+    from llmos_jax import lowering, models, serving, training
 
-    if chosen.workload.phase != "train":
-        raise PlanError(
-            f"a {chosen.workload.phase} step is planned in closed form only: this "
-            "release has no program for it. Leave --verify out."
-        )
     devices = lowering.compile_devices(chosen.topology)
+    chosen = serving.with_repeated_heads(chosen)
 
     def build(wanted: Plan) -> tuple[lowering.Program, Any]:
         mesh = lowering.device_mesh(wanted, devices)
-        spec = wanted.params.spec or skeleton.spec
-        model = models.skeleton(spec)
+        if wanted.workload.phase == "decode":
+            return serving.lower_decode_step(wanted, config, mesh), mesh
+        if wanted.workload.phase == "prefill":
+            return serving.lower_prefill_step(wanted, config, mesh), mesh
+        model = models.skeleton(wanted.params.spec or skeleton.spec)
         return training.lower_train_step(model, wanted, config, mesh), mesh
 
     def shortened(wanted: Plan, layers: int) -> Plan:
-        spec = replace(skeleton.spec, num_layers=layers)
+        spec = replace(wanted.params.spec or skeleton.spec, num_layers=layers)
         return replace(wanted, params=models.param_table(spec))
 
     if verify == "compile":
@@ -152,7 +153,7 @@ def _train(config: RunConfig) -> dict[str, Any]:
     is_first = lowering.is_first_process()
     say = partial(log, enabled=is_first)
 
-    skeleton = models.skeleton(spec_of(config))
+    skeleton = models.skeleton(resolve.trainable(spec_of(config)))
     origin = origin_of(config)
     chosen = plan(config)
     say(chosen.explain())
@@ -200,19 +201,25 @@ def generate(
     max_tokens: int,
     sampling: Sampling,
     is_chat: bool = False,
-    on_text: Callable[[str], None] = lambda text: None,
+    on_text: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Model + prompt -> its continuation; `on_text` sees it as it grows.
 
-    It computes in the run's `train.compute_dtype`, which an override may change.
+    It computes in the run's `train.compute_dtype`, which an override may change, and
+    keeps keys and values in that dtype, or as `serve.kv_dtype` where that asks for
+    fewer bits than its default.
 
     Args:
         model: whatever has weights.
         prompt: text to continue; with `is_chat`, what the user says.
+        max_tokens: of the continuation, at most.
+        sampling: how each of them is chosen.
         is_chat: put the prompt into the model's chat template.
+        on_text: where nobody watches (None), it is faster.
     """
     from llmos_jax import data, lowering, serving
 
+    sampling.check()
     lowering.keep_compiled_programs()
     opened, config = open_with_config(model, overrides)
     tokenizer = opened.tokenizer
@@ -225,15 +232,20 @@ def generate(
 
     dtype = config.train.compute_dtype
     completion = serving.Generator(
-        opened.skeleton, resolve.read_to_compute(opened, dtype), compute_dtype=dtype
+        opened.skeleton,
+        resolve.read_to_compute(opened, dtype),
+        compute_dtype=dtype,
+        kv_dtype=None if config.serve.kv_dtype == "bfloat16" else config.serve.kv_dtype,
+        rotate_keys=config.serve.rotate_keys,
     ).complete(
         prompt_ids,
         max_tokens=max_tokens,
-        sampling=sampling.check(),
+        sampling=sampling,
         stop_ids=tokenizer.stop_ids,
-        on_token=lambda token: on_text(decoder.push(token)),
+        on_token=on_text and (lambda token: on_text(decoder.push(token))),
     )
-    on_text(decoder.flush() + "\n")
+    if on_text is not None:
+        on_text(decoder.flush() + "\n")
     return {
         "text": tokenizer.decode(list(completion.token_ids)),
         "token_ids": list(completion.token_ids),
@@ -292,7 +304,13 @@ def _convert(
     opened, _ = open_with_config(model, overrides)
     form = form or resolve.usual_form(model, out)
     skeleton, tokenizer = opened.skeleton, opened.tokenizer
-    params = opened.params(dtype=dtype)
+    if skeleton.spec.quantization is None:
+        params = opened.params(dtype=dtype)
+    else:
+        log(f"{skeleton.spec.name} is quantized: writing the numbers it stands for")
+        params = models.floats(skeleton.table, opened.params())
+        skeleton = models.skeleton(replace(skeleton.spec, quantization=None))
+        params = skeleton.cast(params, dtype or "float32")
     if form == "peft":
         interchange.write_adapter(out, skeleton.spec, params, model)
         return {"model": skeleton.spec.name, "form": form, "out": out}
@@ -376,12 +394,8 @@ def _evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
         config.data, tokenizer, cache=cache_folder(), on_progress=log
     )
     chosen = plan(resolve.to_score(config))
-    windows = training.Windows(
-        stride=config.evaluate.stride,
-        begin_id=tokenizer.begin_id if tokenizer.marks.adds_bos else None,
-        document_mask=config.data.document_mask,
-    )
-    dtype, tell = config.train.compute_dtype, training.said_now_and_then(log, "scoring")
+    windows = _windows(opened, config)
+    dtype, tell = config.train.compute_dtype, _tell("scoring", "batches")
     report: dict[str, Any] = {"model": opened.skeleton.spec.name, "step": opened.step}
     if reference is None:
         scorer = training.open_scorer(opened.skeleton, chosen, dtype, windows)
@@ -415,6 +429,154 @@ def _evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
         "bytes": text.num_bytes,
         **data.compare(text.raw_bytes()),
     }
+
+
+def compress(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Model -> a smaller checkpoint, and how far it is from what it was made of.
+
+    One device holds the model while it is made smaller. Nothing is written before the
+    result has been compared with its source, on the text that `evaluate` would take.
+
+    Args:
+        name: a model with weights, or a config whose `model` is one.
+        overrides: config keys; `compress.*` say what is made.
+
+    Raises:
+        CompressError: it is further from its source than `compress.max_kld`.
+    """
+    from llmos_jax import __version__, checkpoint, compression, data, lowering
+    from llmos_jax.telemetry import log
+
+    lowering.keep_compiled_programs()
+    opened, config = resolve.open_to_compress(name, overrides)
+    asked, spec = config.compress, opened.skeleton.spec
+    how = compression.how_of(asked)
+    compression.quantized_spec(spec, how.quantization)
+    folder = checkpoint.new_folder(resolve.out_of(config))
+    text = data.prepare_scored(
+        config.data, opened.tokenizer, cache=cache_folder(), on_progress=log
+    )
+    batches = _calibration(opened, config) if how.is_calibrated else ()
+    chosen = plan(resolve.to_score(config))
+
+    clock = compression.Clock()
+    params = opened.params()
+    before = compression.num_bytes(params)
+    log(f"quantizing the {spec.num_layers} layers of {spec.name}")
+    made = compression.quantize(
+        *(opened.skeleton, params, how, batches), on_progress=_tell("quantizing")
+    )
+    del params  # read again in the dtype that is computed in: never in memory twice
+    clock.lap("quantize")
+    found = _distance_to(opened, made.skeleton, made.params, text, chosen, config)
+    clock.lap("evaluate")
+    compression.check_distance(found.kld, asked)
+
+    log(f"writing {folder}")
+    made_by = {"llmos_jax": __version__, "quantized_from": config.model}
+    checkpoint.save_model(
+        str(folder), made.skeleton, made.params, opened.tokenizer, made_by
+    )
+    return compression.write_report(
+        folder,
+        {
+            "model": spec.name,
+            "kind": asked.kind,
+            "out": str(folder),
+            **compression.sizes(opened.skeleton.table, before, made.params),
+            "perplexity": found.score.perplexity,
+            "perplexity_before": found.reference.perplexity,
+            "kld": found.kld,
+            "same_top1": found.same_top1,
+            "evaluated_tokens": found.score.tokens,
+            "calibration_tokens": made.calibration_tokens,
+            "errors": made.errors,
+            "seconds": clock.laps,
+            "made_by": made_by,
+            "config": config.to_json(),
+        },
+    )
+
+
+def _calibration(opened: OpenedModel, config: RunConfig) -> list[dict[str, Any]]:
+    """Sequences of the training side of a text, spread over it."""
+    from llmos_jax import data
+    from llmos_jax.telemetry import log
+
+    asked, spec, tokenizer = config.compress, opened.skeleton.spec, opened.tokenizer
+    section = replace(config.data, tokenizer="auto", test=())
+    if asked.calibration:
+        section = replace(section, train=asked.calibration, validation=())
+    text = data.prepare(
+        section,
+        own=tokenizer,
+        vocab_size=spec.vocab_size,
+        model_name=spec.name,
+        cache=cache_folder(),
+        on_progress=log,
+    ).train
+    rows = min(CALIBRATION_ROWS, asked.sequences)
+    found = data.evaluation_batches(
+        text,
+        seq_len=min(asked.seq_len, spec.max_seq_len),
+        batch=rows,
+        limit=-(-asked.sequences // rows),
+        begin_id=tokenizer.begin_id if tokenizer.marks.adds_bos else None,
+    )
+    return list(found)
+
+
+CALIBRATION_ROWS = 4
+"""Sequences that run at once, for memory's sake: attention and feed-forward blocks make
+more of a token than what lies between layers."""
+
+
+def _distance_to(
+    source: OpenedModel,
+    skeleton: Skeleton,
+    params: Params,
+    text: TokenFile,
+    chosen: Plan,
+    config: RunConfig,
+) -> Distance:
+    """How far a model in memory is from the one that it was made of."""
+    import jax
+
+    from llmos_jax import lowering, training
+
+    dtype = config.train.compute_dtype
+    scorer = training.open_comparison(
+        skeleton, source.skeleton, chosen, dtype, _windows(source, config)
+    )
+    everywhere = lowering.replicated(scorer.places.mesh)
+    both = (
+        jax.device_put(params, everywhere),
+        resolve.read_to_compute(source, dtype, scorer.param_shardings),
+    )
+    limit = config.compress.evaluate_batches
+    return training.distance(
+        scorer.sums(text, *both, limit=limit, on_progress=_tell("scoring", "batches"))
+    )
+
+
+def _windows(opened: OpenedModel, config: RunConfig) -> Windows:
+    """How a text is cut to be scored."""
+    from llmos_jax import training
+
+    tokenizer = opened.tokenizer
+    return training.Windows(
+        stride=config.evaluate.stride,
+        begin_id=tokenizer.begin_id if tokenizer.marks.adds_bos else None,
+        document_mask=config.data.document_mask,
+    )
+
+
+def _tell(what: str, things: str = "layers") -> Callable[[int, int], None]:
+    """Progress of long work, on stderr."""
+    from llmos_jax import training
+    from llmos_jax.telemetry import log
+
+    return training.said_now_and_then(log, what, things=things)
 
 
 def doctor(model: str | None) -> dict[str, Any]:
@@ -453,18 +615,14 @@ def _samples(
         temperature=wanted.temperature,
         top_k=wanted.top_k,
         seed=session.config.run.seed,
-    ).check()
+    )
+    said = speaker.complete_all(
+        [text.tokenizer.encode(prompt) for prompt in wanted.prompts],
+        [sampling] * len(wanted.prompts),
+        max_tokens=wanted.max_tokens,
+        stop_ids=text.tokenizer.stop_ids,
+    )
     return [
-        (
-            prompt,
-            text.tokenizer.decode(
-                speaker.complete(
-                    text.tokenizer.encode(prompt),
-                    max_tokens=wanted.max_tokens,
-                    sampling=sampling,
-                    stop_ids=text.tokenizer.stop_ids,
-                ).token_ids
-            ),
-        )
-        for prompt in wanted.prompts
+        (prompt, text.tokenizer.decode(one.token_ids))
+        for prompt, one in zip(wanted.prompts, said, strict=True)
     ]

@@ -10,7 +10,8 @@ LlmosError                     exit 1
 │   └── DoesNotFit             exit 1  it needs more memory than a device has
 ├── CheckpointError            exit 1  a checkpoint missing, damaged or foreign
 │   └── PlanMismatch           exit 1  a checkpoint of another model or other replicas
-└── TrainingError              exit 1  the run itself: NaN loss, no disk space
+├── TrainingError              exit 1  the run itself: NaN loss, no disk space
+└── CompressError              exit 1  a smaller model that is too far from its source
 
 The front doors turn any of them into one `error:` line and its exit code; whatever is
 not in this tree is our own bug and keeps its traceback. A message says what was wanted,
@@ -88,6 +89,10 @@ class PlanMismatch(CheckpointError):
 
 class TrainingError(LlmosError):
     """A training run cannot go on."""
+
+
+class CompressError(LlmosError):
+    """A smaller model is further from its source than was allowed."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

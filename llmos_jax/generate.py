@@ -12,7 +12,6 @@ from llmos_jax.cli import (
     add_model,
     arguments_of,
     run_verb,
-    silence,
     speak,
 )
 
@@ -27,7 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy"
     )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="1 keeps all"
+    )
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="of the likeliest's share"
+    )
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
+    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="A")
+    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="A")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt into the chat template"
@@ -36,14 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     def answer(arguments: Any) -> Answer:
         from llmos_jax.serving import Sampling
 
-        say = silence if arguments.json else speak
         # Said with the first token, so that an error stands on a line of its own.
         waiting = [] if arguments.chat else [arguments.prompt]
 
         def hear(text: str) -> None:
             while waiting:
-                say(waiting.pop())
-            say(text)
+                speak(waiting.pop())
+            speak(text)
 
         report = driver.generate(
             arguments.model,
@@ -54,10 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 temperature=arguments.temperature,
                 top_k=arguments.top_k,
                 top_p=arguments.top_p,
+                min_p=arguments.min_p,
+                repetition_penalty=arguments.repetition_penalty,
+                presence_penalty=arguments.presence_penalty,
+                frequency_penalty=arguments.frequency_penalty,
                 seed=arguments.seed,
             ),
             is_chat=arguments.chat,
-            on_text=hear,
+            on_text=None if arguments.json else hear,
         )
         return Answer(text="", json=report)
 

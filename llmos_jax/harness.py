@@ -298,8 +298,7 @@ class LlmosLM(TemplateLM):
                 f"{self.max_length}. Set max_gen_toks in the task's generation_kwargs."
             )
         if wish.sampling.temperature:
-            # Asked again, it is to say something else; a seed of its own for every
-            # request would compile a program for each.
+            # Asked again, it is to say something else.
             asked = (context, repr(sorted(settings.items())))
             wish = replace(
                 wish, sampling=replace(wish.sampling, seed=self._sampled[asked])
@@ -321,28 +320,21 @@ class LlmosLM(TemplateLM):
         decoder, said = data.StreamDecoder(self._tokenizer), ""
         stops = (*wish.until, self._end_text)
 
-        def hear(token: int) -> None:
+        def hear(token: int) -> bool:
+            """Whether a text was said that is a stop; the generator knows tokens."""
             nonlocal said
             said += decoder.push(token)
-            if any(stop in said for stop in stops):
-                raise _Stopped
+            return any(stop in said for stop in stops)
 
-        try:
-            self._speaker.complete(
-                np.asarray(ids, np.int32),
-                max_tokens=wish.max_tokens,
-                sampling=wish.sampling,
-                stop_ids=self._tokenizer.marks.stop_ids,
-                on_token=hear,
-            )
-            said += decoder.flush()
-        except _Stopped:
-            pass  # what was said after the stop is cut off below
+        self._speaker.complete(
+            np.asarray(ids, np.int32),
+            max_tokens=wish.max_tokens,
+            sampling=wish.sampling,
+            stop_ids=self._tokenizer.marks.stop_ids,
+            on_token=hear,
+        )
+        said += decoder.flush()
         return min((said.split(stop)[0] for stop in stops), key=len)
-
-
-class _Stopped(Exception):
-    """Leaves the generator, which knows tokens, when a text was said that is a stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

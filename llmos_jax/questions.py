@@ -55,6 +55,8 @@ def frontier(
     cost = load_prices(prices)
     for name in cost.usd_per_chip_hour:
         hardware.chip(name)
+    # Refused where one kind of chip does not go with it; else one model for all.
+    spec = [resolve.served(spec, config, machine) for machine in machines][0]
     workload = resolve.resolve_workload(config, spec, machines[0])
     return planner.frontier(
         models.param_table(spec),

@@ -18,13 +18,14 @@ from llmos_jax.config import (
     LoraSection,
     PlanSection,
     RunConfig,
+    ServeSection,
     SyncSection,
     load_config,
     load_model,
     override_config,
 )
 from llmos_jax.errors import ConfigError
-from llmos_jax.ir import Lora, ModelSpec, Pins, Plan, Topology, Workload
+from llmos_jax.ir import Lora, ModelSpec, Pins, Plan, Quantization, Topology, Workload
 
 if TYPE_CHECKING:
     from llmos_jax.interchange import OpenedModel
@@ -58,16 +59,17 @@ def read_to_compute(
     opened: OpenedModel, dtype: str, shardings: dict[str, Any] | None = None
 ) -> Params:
     """Read a model's parameters in the dtype that they are computed with, so that none
-    lies in memory in two; routers as they are stored (models.Skeleton.cast)."""
+    lies in memory in two; some as they are stored (models.Skeleton.keeps_dtype)."""
     import jax
 
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = {row.path: here for row in opened.skeleton.table.rows}
-    routers = {path: x for path, x in shardings.items() if path.endswith(".router")}
-    others = {path: x for path, x in shardings.items() if path not in routers}
+    keeps = opened.skeleton.keeps_dtype
+    kept = {path: x for path, x in shardings.items() if keeps(path)}
+    others = {path: x for path, x in shardings.items() if path not in kept}
     params = opened.params(others, dtype=dtype)
-    return params | opened.params(routers) if routers else params
+    return params | opened.params(kept) if kept else params
 
 
 def lay_over(opened: OpenedModel, adapter: str) -> OpenedModel:
@@ -114,6 +116,17 @@ def spec_of(config: RunConfig) -> ModelSpec:
     return with_lora(resolve_model(config.model), config.lora)
 
 
+def trainable(spec: ModelSpec) -> ModelSpec:
+    """The same model, or ConfigError where its weights are whole numbers."""
+    if spec.quantization is None:
+        return spec
+    raise ConfigError(
+        f"model {spec.name} is quantized ({spec.quantization.weights}), and whole "
+        "numbers have no gradient. Train the model that it was made of, or take its "
+        "weights as floating-point numbers: convert MODEL --to hf --out FOLDER."
+    )
+
+
 def with_lora(spec: ModelSpec, lora: LoraSection) -> ModelSpec:
     """A model with factors beside its weights, if any are asked for."""
     if lora.adapter is not None:
@@ -145,6 +158,61 @@ def resolve_model(name: str) -> ModelSpec:
 
     found = find_checkpoint(name)
     return found.store.manifest(found.step).model
+
+
+def served(spec: ModelSpec, config: RunConfig, topology: Topology) -> ModelSpec:
+    """The model as a step of a config runs it on a machine: to prefill and to decode,
+    with its matrices in as few bits as `serve.weight_dtype` says.
+
+    A quantized checkpoint brings its own. Experts have no few-bit product in this
+    release: they are planned by their bytes alone.
+
+    Raises:
+        ConfigError: few bits that the model, or the chip, does not go with.
+    """
+    asked, chip = config.serve, topology.chip
+    kind = asked.weight_dtype
+    if config.plan.phase == "train" or kind == "float32" or kind == "bfloat16":
+        return spec
+    if spec.quantization is not None:
+        if spec.quantization.weights != kind:
+            raise ConfigError(
+                f"serve.weight_dtype = {kind}: the weights of {spec.name} are "
+                f"{spec.quantization.weights} already. Leave it out, or name the model "
+                "that it was made of."
+            )
+        return spec
+    if kind == "float8" and not _is_faster(topology, kind):
+        raise ConfigError(
+            f"serve.weight_dtype = float8: {chip.name} multiplies float8 no faster "
+            "than bfloat16, and int8 is as small and more exact. Set "
+            "serve.weight_dtype=int8; float8 is for tpu7x and GPUs from H100 on."
+        )
+    if spec.num_experts and kind != "int4":
+        return spec
+    how = Quantization(
+        weights=kind, group=asked.group, activations=_activations(asked, topology)
+    )
+    return replace(spec, quantization=how).check()
+
+
+_Activations = Literal["none", "int8", "float8"]
+
+
+def _activations(asked: ServeSection, topology: Topology) -> _Activations:
+    """What tokens become: with `auto`, what weights are in where that is faster."""
+    kind = asked.weight_dtype
+    if asked.activations != "auto":
+        return asked.activations
+    is_plain = topology.chip.vendor == "tpu" and asked.group is None
+    if is_plain and (kind == "int8" or kind == "float8") and _is_faster(topology, kind):
+        return kind
+    return "none"
+
+
+def _is_faster(topology: Topology, dtype: str) -> bool:
+    """Whether a chip multiplies a dtype faster than bfloat16."""
+    return topology.peak_flops_per_s(dtype) > topology.peak_flops_per_s("bfloat16")
 
 
 def resolve_topology(name: str | None) -> Topology:
@@ -192,9 +260,10 @@ def resolve_workload(
         step = replace(step, local_steps=_local_steps(config))
     if step.phase != "train":
         goal_ms = config.serve.max_step_ms
+        how = spec.quantization
         step = replace(
             step,
-            param_dtype=config.serve.weight_dtype,
+            param_dtype=config.serve.weight_dtype if how is None else how.weights,
             kv_dtype=config.serve.kv_dtype,
             max_step_s=None if goal_ms is None else goal_ms / 1000,
         )
@@ -219,6 +288,38 @@ def open_with_config(
     if config.lora.adapter is not None:
         opened = lay_over(opened, config.lora.adapter)
     return opened, config
+
+
+def open_to_compress(
+    name: str, overrides: Sequence[str]
+) -> tuple[OpenedModel, RunConfig]:
+    """Open the model that is to be made smaller, and say how.
+
+    Args:
+        name: a model with weights, or a config whose `model` is one.
+        overrides: config keys.
+    """
+    if has_weights(name):
+        return open_with_config(name, overrides)
+    config = load_config(name, overrides).config
+    if not has_weights(config.model):
+        raise ConfigError(
+            f"compress makes weights smaller, and model = {config.model} has none. Set "
+            "model to a run, a checkpoint, a Hugging Face folder or a GGUF file."
+        )
+    opened = open_model(config.model)
+    adapter = config.lora.adapter
+    return (opened if adapter is None else lay_over(opened, adapter)), config
+
+
+def out_of(config: RunConfig) -> str:
+    """Where a smaller model goes."""
+    if config.compress.out is None:
+        raise ConfigError(
+            "nothing says where the smaller model goes. Give --out FOLDER, or set "
+            "compress.out."
+        )
+    return config.compress.out
 
 
 def reference_of(opened: OpenedModel, config: RunConfig) -> OpenedModel | None:

@@ -9,6 +9,7 @@ from llmos_jax.checkpoint.manifest import (
 from llmos_jax.checkpoint.opened import (
     OpenedCheckpoint,
     inspect,
+    new_folder,
     open_checkpoint,
     save_model,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "check_same_replicas",
     "find_checkpoint",
     "inspect",
+    "new_folder",
     "open_checkpoint",
     "require_space",
     "save_model",

@@ -87,11 +87,7 @@ def save_model(
         ConfigError: the folder is in use.
         CheckpointError: it cannot be written; no space, for example.
     """
-    path = Path(folder).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(
-            f"{path} exists and is not empty; a model is written to a new folder."
-        )
+    path = new_folder(folder)
     require_space(_nearest(path), params, keep=0)
     store = CheckpointStore(path / "checkpoints")
     manifest = Manifest(
@@ -104,6 +100,20 @@ def save_model(
     )
     store.save(manifest, params, None, tokenizer.to_json())
     store.close()
+
+
+def new_folder(folder: str) -> Path:
+    """Return the path of a folder that a model may be written to.
+
+    Raises:
+        ConfigError: it is in use.
+    """
+    path = Path(folder).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(
+            f"{path} exists and is not empty; a model is written to a new folder."
+        )
+    return path
 
 
 def _nearest(path: Path) -> Path:

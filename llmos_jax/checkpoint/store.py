@@ -114,11 +114,14 @@ class CheckpointStore:
         Args:
             step: a committed step.
             abstract: `params=` and/or `optimizer=`, trees of ShapeDtypeStruct with
-                shardings; each shard is read by the process that needs it.
+                shardings, of all that is stored or of a part; each shard is read by the
+                process that needs it.
         """
         items = {
             name: ocp.args.PyTreeRestore(
-                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+                tree,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+                partial_restore=True,
             )
             for name, tree in abstract.items()
         }

@@ -14,6 +14,7 @@ VERBS = {
     "evaluate": "score a model on text",
     "generate": "continue a prompt",
     "convert": "turn a model into another form: ours, Hugging Face's, GGUF",
+    "compress": "make a model smaller: weights in 8 or 4 bits, and what that costs",
     "doctor": "say what is here, what works and what is missing",
 }
 

@@ -15,6 +15,7 @@ from llmos_jax.config.schema import (
     LoraSection,
     PlanSection,
     RunConfig,
+    ServeSection,
     SyncSection,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "LoraSection",
     "PlanSection",
     "RunConfig",
+    "ServeSection",
     "SyncSection",
     "load_config",
     "load_model",

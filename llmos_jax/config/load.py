@@ -153,6 +153,10 @@ def _check(config: RunConfig, source: str) -> RunConfig:
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
         "plan.microbatches": config.plan.microbatches,
+        "compress.sequences": config.compress.sequences,
+        "compress.seq_len": config.compress.seq_len,
+        "compress.max_kld": config.compress.max_kld,
+        "compress.evaluate_batches": config.compress.evaluate_batches,
     }
     for key, value in positive.items():
         if value is not None and not value > 0:
@@ -161,5 +165,10 @@ def _check(config: RunConfig, source: str) -> RunConfig:
         raise ConfigError(
             f"{source}: data.validation_share is {config.data.validation_share}; "
             "it must lie between 0 and 1."
+        )
+    if not 0 <= config.compress.smooth <= 1:
+        raise ConfigError(
+            f"{source}: compress.smooth is {config.compress.smooth}; it must lie "
+            "between 0 (nothing) and 1."
         )
     return config

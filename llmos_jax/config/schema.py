@@ -63,8 +63,17 @@ class ServeSection:
     """What a prefill or decode step is planned for: batch.global sequences, each with
     batch.seq_len tokens of context."""
 
-    weight_dtype: Literal["float32", "bfloat16", "int8", "float8"] = "bfloat16"
-    kv_dtype: Literal["bfloat16", "int8", "float8"] = "bfloat16"
+    weight_dtype: Literal["float32", "bfloat16", "int8", "int4", "float8"] = "bfloat16"
+    """Of the model's matrices; one that is quantized already stays as it is."""
+    group: int | None = None
+    """Inputs that share a scale of few-bit weights: 32 or 128 for int4; None: all
+    inputs of an output."""
+    activations: Literal["auto", "none", "int8", "float8"] = "auto"
+    """In what tokens are multiplied with few-bit weights; `none`: in floating point;
+    `auto`: in few bits where a TPU is faster at it (llmos_jax/resolve.py)."""
+    kv_dtype: Literal["float32", "bfloat16", "int8", "float8"] = "bfloat16"
+    rotate_keys: bool = False
+    """Turn keys by a Hadamard matrix before an int8 cache rounds them (`generate`)."""
     max_step_ms: float | None = None
     """Latency goal of one step; slower plans are turned down."""
 
@@ -144,6 +153,41 @@ class EvaluateSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompressSection:
+    """What `compress` makes of a model (llmos_jax/compression/README.md)."""
+
+    kind: Literal["quantize"] = "quantize"
+    out: str | None = None
+    """A new folder, for the checkpoint and report.json."""
+    weights: Literal["int8", "int4", "float8"] = "int8"
+    group: int | None = None
+    """Inputs that share a scale; None: all inputs of an output."""
+    activations: Literal["none", "int8", "float8"] = "none"
+    """In what tokens are multiplied with the weights; `none`: in floating point."""
+    embedding: Literal["int8", "none"] = "int8"
+    """The table of embeddings; where embeddings are tied, also the head."""
+    head: Literal["int8", "none"] = "int8"
+    method: Literal["nearest", "gptq"] = "nearest"
+    """How weights are rounded: each by itself, or so that later ones make good what
+    rounding the earlier ones does to a calibration text (arXiv 2210.17323)."""
+    smooth: float = 0.0
+    """alpha of SmoothQuant (arXiv 2211.10438), 0.5 to 0.9: how much of the range of
+    activations is moved into weights; 0: none."""
+    clip: bool | None = None
+    """Search for the scales that lose least on a calibration text; None: for int4."""
+    calibration: tuple[str, ...] = ()
+    """Files, folders or patterns; empty: the training side of `[data]`."""
+    sequences: int = 32
+    """Of the calibration text."""
+    seq_len: int = 512
+    """Tokens of each."""
+    max_kld: float | None = None
+    """Refuse what is further than this from the source (mean KL divergence in nats)."""
+    evaluate_batches: int | None = None
+    """Batches of the evaluation text, spread over it; None: all of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSection:
     """Asynchronous sharded checkpoints."""
 
@@ -207,5 +251,6 @@ class RunConfig(Artefact):
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     data: DataSection = field(default_factory=DataSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    compress: CompressSection = field(default_factory=CompressSection)
     generate: GenerateSection = field(default_factory=GenerateSection)
     serve: ServeSection = field(default_factory=ServeSection)

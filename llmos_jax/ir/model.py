@@ -41,6 +41,29 @@ class Lora:
     """Names in LORA_TARGETS."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """In how few bits a model's matrices are stored, and what they are multiplied with.
+
+    The matrices are those of attention, of dense feed-forward blocks, the table of
+    embeddings and the head; norms, biases and routers stay. Scales are symmetric: a
+    weight is its whole number times its scale.
+    """
+
+    weights: Literal["int8", "int4", "float8"] = "int8"
+    """`float8` is float8_e4m3fn."""
+    group: int | None = None
+    """Inputs that share a scale; None: all inputs of an output (per channel)."""
+    activations: Literal["none", "int8", "float8"] = "none"
+    """`none`: only weights have few bits. Else each token is quantized on its way into
+    a product, with one scale, and whole numbers are multiplied."""
+    embedding: Literal["int8", "none"] = "int8"
+    """The table of embeddings, a scale for each token; with tied embeddings also the
+    head."""
+    head: Literal["int8", "none"] = "int8"
+    """The head of an untied model, a scale for each token."""
+
+
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """Weights of a layer that may have factors beside them; of dense blocks, not of
 experts."""
@@ -104,6 +127,8 @@ class ModelSpec(Artefact):
     """`rope_theta` of sliding layers, never scaled (Gemma 3); None: the same."""
     lora: Lora | None = None
     """Factors beside weights, which alone are trained."""
+    quantization: Quantization | None = None
+    """None: all weights are floating-point numbers."""
     source: str = ""
 
     def check(self) -> ModelSpec:
@@ -140,6 +165,7 @@ class ModelSpec(Artefact):
             )
         self._check_window()
         self._check_lora()
+        self._check_quantization()
         return self
 
     def _check_window(self) -> None:
@@ -169,6 +195,54 @@ class ModelSpec(Artefact):
             raise ConfigError(
                 f"model {self.name} has experts, which take no LoRA factors: choose "
                 "lora.targets among q, k, v, o."
+            )
+
+    def _check_quantization(self) -> None:
+        how = self.quantization
+        if how is None:
+            return
+        if self.num_experts:
+            raise ConfigError(
+                f"model {self.name} has experts, and this release quantizes dense "
+                "models only. Leave it in floating point."
+            )
+        if self.lora is not None:
+            raise ConfigError(
+                f"model {self.name} has LoRA factors; merge them before its weights "
+                "are quantized: convert MODEL --to hf --out FOLDER."
+            )
+        if how.activations == "int8" and how.weights != "int8":
+            raise ConfigError(
+                "quantization: activations = int8 goes with weights = int8, which one "
+                f"product of whole numbers takes; got weights = {how.weights}."
+            )
+        if how.activations == "float8" and how.weights != "float8":
+            raise ConfigError(
+                "quantization: activations = float8 goes with weights = float8; got "
+                f"weights = {how.weights}."
+            )
+        if how.activations != "none" and how.group is not None:
+            raise ConfigError(
+                "quantization: groups of inputs have scales of their own, which a "
+                "product of whole numbers cannot apply. Leave group out, or set "
+                "activations = none."
+            )
+        if how.group is None:
+            if how.weights == "int4":
+                raise ConfigError(
+                    "quantization: weights = int4 needs group, the inputs that share "
+                    "a scale: 32 or 128."
+                )
+            return
+        widths = sorted({self.embed_dim, self.ffn_dim, self.num_heads * self.head_dim})
+        if how.group % 2 or how.group < 2 or any(w % how.group for w in widths):
+            fitting = [
+                g for g in (256, 128, 64, 32, 16) if not any(w % g for w in widths)
+            ]
+            raise ConfigError(
+                f"quantization: group = {how.group} does not divide the inputs of "
+                f"{self.name}'s matrices, {', '.join(map(str, widths))} wide. "
+                f"These do: {', '.join(map(str, fitting)) or 'none'}."
             )
 
     @property

@@ -42,7 +42,9 @@ class ParamTable(Artefact):
 
     @property
     def num_params(self) -> int:
-        """Parameters of the whole model."""
+        """Parameters of the whole model; scales of few-bit matrices are none."""
+        if self.spec is not None and self.spec.quantization is not None:
+            return self.spec.num_params
         return sum(row.size for row in self.rows)
 
     @property

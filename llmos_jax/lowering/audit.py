@@ -3,17 +3,20 @@
 Weights split over batch axes are gathered one layer at a time, and their gradients
 scattered back; gradients are summed over the axes that do not split their weight; axes
 that split a width sum, gather or scatter activations; a lookup in a split table may
-exchange tokens; context, expert and stage axes exchange what their names say. Between
-slices gradient sums travel, and activations from stage to stage. Everything else is
-unplanned, with one sentence each.
+exchange tokens; context, expert and stage axes exchange what their names say. Where a
+step samples, logits change places, so that each device has whole rows. Between slices
+gradient sums travel, and activations from stage to stage. Everything else is unplanned,
+with one sentence each.
 
 Sizes decide: an array is a weight's, a gradient's or an activation's if it has exactly
 as many elements. Nothing is waved through because it could be something else.
 
-Known lies: an activation that happens to have as many elements as a planned weight
-passes for it, within the planned total. A
-sum of which a device reads only its own slice is taken for a scatter: XLA:CPU makes no
-other, nor does libtpu for some groups; how it travels cannot be read off the HLO.
+Known lies: a program that decodes loops over steps for as long as anyone waits for a
+token; what is in a loop of unknown length is counted once there. An activation that
+happens to have as many elements as a planned weight passes for it, within the planned
+total. A sum of which a device reads only its own slice is taken for a scatter: XLA:CPU
+makes no other, nor does libtpu for some groups; how it travels cannot be read off the
+HLO.
 """
 
 from __future__ import annotations
@@ -64,7 +67,9 @@ def audit(collectives: Iterable[Collective], plan: Plan) -> tuple[Unplanned, ...
     unplanned = []
     for item in found:
         reasons = (rule(item, meant) for rule in RULES if not meant.is_small(item))
-        why = next((reason for reason in reasons if reason), _unknown_loop(item))
+        why = next((reason for reason in reasons if reason), None)
+        if why is None and not meant.loops_over_steps:
+            why = _unknown_loop(item)
         if why is not None:
             unplanned.append(Unplanned(collective=item, why=why))
     told = {id(one.collective) for one in unplanned}
@@ -154,7 +159,7 @@ def _gather_over_width(item: Collective, meant: Meaning) -> str | None:
         return None
     for array in item.arrays:
         weight = meant.weight_like(array)
-        if meant.has_activation_dims(array):
+        if meant.has_activation_dims(array) or array.elements == meant.logits:
             continue
         if weight is not None and not axes & (meant.sequence | meant.expert):
             return (
@@ -272,7 +277,8 @@ def _permute(item: Collective, meant: Meaning) -> str | None:
 
 def _exchange(item: Collective, meant: Meaning) -> str | None:
     """Tokens are exchanged by experts and contexts, and by a lookup in a split
-    table: twice a microbatch, at most four times where it is recomputed."""
+    table: twice a microbatch, at most four times where it is recomputed. Logits are, to
+    be sampled: once a step."""
     if item.op not in ("all-to-all", "ragged-all-to-all", "collective-broadcast"):
         return None
     axes = frozenset(item.axes)
@@ -284,7 +290,9 @@ def _exchange(item: Collective, meant: Meaning) -> str | None:
         and sum(array.elements for array in item.arrays) <= meant.tokens * meant.embed
         and item.count <= 4 * meant.ticks
     )
-    if is_lookup:
+    exchanged = sum(array.elements for array in item.arrays) * meant.ways(axes)
+    is_logits = axes <= meant.width and exchanged == meant.logits and item.count == 1
+    if is_lookup or is_logits:
         return None
     return (
         f"{item.op} of {format_bytes(item.bytes)} over {_named(item.axes)}: the plan "

@@ -160,6 +160,21 @@ class Meaning:
         """Values per token between layers."""
         return self.plan.params.axis_sizes().get("embed", self.widest)
 
+    @property
+    def loops_over_steps(self) -> bool:
+        """Whether the program runs its step as often as it is told to."""
+        return self.plan.workload.phase == "decode"
+
+    @cached_property
+    def logits(self) -> int | None:
+        """Logits that are sampled in a step, of the rows that devices with parts of the
+        vocabulary share; None in training, which samples nothing."""
+        workload = self.plan.workload
+        if workload.phase == "train":
+            return None
+        rows = workload.global_batch // self.ways(self.batch)
+        return rows * self.plan.params.axis_sizes().get("vocab", 1)
+
     @cached_property
     def small_bytes(self) -> float:
         """Payload below which a collective needs no reason."""

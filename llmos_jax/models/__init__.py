@@ -14,7 +14,9 @@ from llmos_jax.models.cache import KVCache, empty_cache
 from llmos_jax.models.decoder import Decoder, Pass, Stack
 from llmos_jax.models.layers import capped
 from llmos_jax.models.moe import Routing
+from llmos_jax.models.project import observed_by
 from llmos_jax.models.skeleton import Params, Skeleton, param_table, skeleton
+from llmos_jax.models.weight import floats
 
 __all__ = [
     "Axes",
@@ -31,7 +33,9 @@ __all__ = [
     "annotated_by",
     "capped",
     "empty_cache",
+    "floats",
     "mesh_axes_of",
+    "observed_by",
     "param_table",
     "per_shard",
     "skeleton",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,21 @@ from llmos_jax.kernels.attention import (
     rotary_attention,
     rotate,
 )
+from llmos_jax.kernels.attention.reference import whole
+from llmos_jax.kernels.decode_attention import decode_attention
 from llmos_jax.models.annotate import annotate, mesh_axes_of, per_shard, ways_of
-from llmos_jax.models.cache import KVCache, write
-from llmos_jax.models.draw import normal
+from llmos_jax.models.cache import (
+    SCALE_AXES,
+    VALUE_AXES,
+    KVCache,
+    rotated,
+    stacked,
+    written,
+)
 from llmos_jax.models.layers import RMSNorm
 from llmos_jax.models.lora import factors_for
 from llmos_jax.models.project import project
+from llmos_jax.models.weight import matrix
 
 Angles = tuple[jax.Array, jax.Array]
 """Cos and sin, float32 [B, T, H/2]."""
@@ -76,11 +85,13 @@ class Attention(nnx.Module):
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         D, H = spec.embed_dim, spec.head_dim
         N, K = spec.num_heads, spec.num_kv_heads
-        self.q = normal(rngs, (D, N, H), D**-0.5, ("embed", "heads", "head_dim"))
-        self.k = normal(rngs, (D, K, H), D**-0.5, ("embed", "kv_heads", "head_dim"))
-        self.v = normal(rngs, (D, K, H), D**-0.5, ("embed", "kv_heads", "head_dim"))
+        D_, NH = {"embed": D}, {"heads": N, "head_dim": H}
+        KH = {"kv_heads": K, "head_dim": H}
+        self.q = matrix(spec, rngs, D_, NH, D**-0.5)
+        self.k = matrix(spec, rngs, D_, KH, D**-0.5)
+        self.v = matrix(spec, rngs, D_, KH, D**-0.5)
         out_scale = (2 * spec.num_layers * N * H) ** -0.5
-        self.o = normal(rngs, (N, H, D), out_scale, ("heads", "head_dim", "embed"))
+        self.o = matrix(spec, rngs, NH, D_, out_scale)
         has_bias = spec.qkv_bias
         self.q_bias = _bias((N, H), ("heads", "head_dim")) if has_bias else None
         self.k_bias = _bias((K, H), ("kv_heads", "head_dim")) if has_bias else None
@@ -92,8 +103,6 @@ class Attention(nnx.Module):
         # Over each head (Qwen3, arXiv 2505.09388, section 2).
         self.q_norm = norm() if spec.qk_norm else None
         self.k_norm = norm() if spec.qk_norm else None
-        D_, NH = {"embed": D}, {"heads": N, "head_dim": H}
-        KH = {"kv_heads": K, "head_dim": H}
         self.q_lora = factors_for(spec, "q", D_, NH, rngs=rngs)
         self.k_lora = factors_for(spec, "k", D_, KH, rngs=rngs)
         self.v_lora = factors_for(spec, "v", D_, KH, rngs=rngs)
@@ -131,18 +140,26 @@ class Attention(nnx.Module):
             assert sight.segment_BT is None, "a cache holds one document"
             assert not is_split or position_BT is not None, "give a cache positions"
             q_BTNH, k_BTKH = (rotate(x, sight.angles) for x in (q_BTNH, k_BTKH))
-            keys, values = k_BTKH, v_BTKH
+            reads_cache = False
             if cache is not None:
-                start = jnp.int32(0) if position_BT is None else position_BT[0, 0]
-                cache = KVCache(
-                    k=write(cache.k, k_BTKH, start), v=write(cache.v, v_BTKH, start)
+                if cache.rotate_keys:
+                    q_BTNH, k_BTKH = rotated(q_BTNH), rotated(k_BTKH)
+                at_BT = whole(*x_BTD.shape[:2]) if position_BT is None else position_BT
+                cache = written(cache, k_BTKH, v_BTKH, at_BT)
+                # A whole prompt's own keys are all that it sees. But where the cache
+                # rounds them they are read back, so that a prompt gives the same
+                # tokens whole and in pieces.
+                reads_cache = position_BT is not None or cache.k.dtype != k_BTKH.dtype
+            if cache is not None and reads_cache:
+                out_BTNH = self._seeing(
+                    lambda score, q, cache: _attend_to_cache(q, cache, at_BT, score),
+                    *(is_sliding, q_BTNH, cache),
                 )
-                if position_BT is not None:
-                    keys, values = cache
-            out_BTNH = self._seeing(
-                lambda score, q, k, v: _attend(q, k, v, position_BT, score),
-                *(is_sliding, q_BTNH, keys, values),
-            )
+            else:
+                out_BTNH = self._seeing(
+                    lambda score, q, k, v: _attend(q, k, v, position_BT, score),
+                    *(is_sliding, q_BTNH, k_BTKH, v_BTKH),
+                )
         out_BTNH = annotate(out_BTNH, "batch", "seq", "heads", "head_dim")
         out_BTD = project(
             *(out_BTNH, self.o[...]),
@@ -197,7 +214,7 @@ class Attention(nnx.Module):
         self,
         attend: Callable[..., jax.Array],
         is_sliding: jax.Array | None,
-        *operands: jax.Array,
+        *operands: Any,
     ) -> jax.Array:
         """`attend(score, *operands)` as far as this layer sees."""
         if len(self.kinds) == 1:
@@ -316,6 +333,53 @@ def _attend(
         out_axes=_Q_AXES,
     )
     return out_BTNH
+
+
+def _attend_to_cache(
+    q_BTNH: jax.Array, cache: KVCache, position_BT: jax.Array, score: Score
+) -> jax.Array:
+    """Each device attends its sequences and heads to their part of the cache."""
+    arrays, layer = stacked(cache)
+    N, K = q_BTNH.shape[2], cache.k.shape[-3]
+    is_alike = mesh_axes_of("heads", N) == mesh_axes_of("kv_heads", K)
+
+    def part(
+        q: jax.Array,
+        position: jax.Array,
+        head: jax.Array,
+        layer: jax.Array,
+        *arrays: jax.Array,
+    ) -> jax.Array:
+        if not is_alike:
+            arrays = tuple(_of_heads(x, layer, head, N // K) for x in arrays)
+            layer = jnp.int32(0)
+        k, v, *scales = arrays
+        k_scale, v_scale = scales if scales else (None, None)
+        return decode_attention(
+            *(q, k, v, position),
+            k_scale_BKS=k_scale,
+            v_scale_BKS=v_scale,
+            layer=layer,
+            score=score,
+        )
+
+    axes = (VALUE_AXES, VALUE_AXES, SCALE_AXES, SCALE_AXES)[: len(arrays)]
+    out_BTNH: jax.Array = per_shard(
+        part,
+        *(q_BTNH, position_BT, jnp.arange(N), layer, *arrays),
+        in_axes=(_Q_AXES, ("batch", "seq"), ("heads",), (), *axes),
+        out_axes=_Q_AXES,
+    )
+    return out_BTNH
+
+
+def _of_heads(x: jax.Array, layer: jax.Array, head_N: jax.Array, G: int) -> jax.Array:
+    """One layer of a cache [L, B, K, S, ...], with the key/value heads that a device's
+    query heads look at: one if they share it, else one for each."""
+    x = jax.lax.dynamic_slice_in_dim(x, layer, 1, axis=0)
+    if G % len(head_N) == 0:
+        return jax.lax.dynamic_slice_in_dim(x, head_N[0] // G, 1, axis=2)
+    return jnp.take(x, head_N // G, axis=2)
 
 
 def _like_queries(

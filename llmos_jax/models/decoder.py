@@ -18,6 +18,7 @@ from llmos_jax.ir import ModelSpec
 from llmos_jax.models.annotate import Axes, annotate
 from llmos_jax.models.attention import Attention, Sight, token_order
 from llmos_jax.models.cache import KVCache
+from llmos_jax.models.in_place import at_layer, left_whole
 from llmos_jax.models.layers import Embedding, FeedForward, Head, RMSNorm, capped
 from llmos_jax.models.moe import MoE, Routing
 from llmos_jax.models.remat import rematerialised
@@ -72,6 +73,12 @@ class Stack(NamedTuple):
     """Arrays with the layers in front."""
 
 
+def _layers(stack: Stack) -> int:
+    """How many layers a stack has."""
+    layers: int = jax.tree.leaves(stack.state)[0].shape[0]
+    return layers
+
+
 class Pass(NamedTuple):
     """How layers run, forward and back (ir/plan.py, Way)."""
 
@@ -108,7 +115,7 @@ class Decoder(nnx.Module):
             spec.embed_dim, spec.norm_eps, offset=spec.norm_offset
         )
         if not spec.tied_embeddings:
-            self.head = Head(spec.embed_dim, spec.vocab_size, rngs=rngs)
+            self.head = Head(spec, rngs=rngs)
 
     def features(
         self,
@@ -175,7 +182,8 @@ class Decoder(nnx.Module):
 
     def embedded(self, tokens_BT: jax.Array) -> jax.Array:
         """Return what the first layer takes: [B, T, D]."""
-        return annotate(self.embed(tokens_BT), "batch", "residual", "embed")
+        dtype = self.final_norm.scale[...].dtype
+        return annotate(self.embed(tokens_BT, dtype), "batch", "residual", "embed")
 
     @property
     def stack(self) -> Stack:
@@ -190,22 +198,36 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         how: Pass = PLAIN,
     ) -> tuple[jax.Array, KVCache | None, Routing | None]:
-        """Send activations through the layers of a stack, one after another."""
+        """Send activations through the layers of a stack, one after another.
+
+        A cache goes along whole, and each layer writes its part in place: a loop that
+        took it apart would copy all of it.
+        """
+        whole, sliced = left_whole(*stack)
+        is_numbered = bool(whole) or cache is not None
+        number_L = jnp.arange(_layers(stack), dtype=jnp.int32) if is_numbered else None
 
         def body(
-            x_BTD: jax.Array,
-            layer: tuple[nnx.State, KVCache | None, jax.Array | None],
-        ) -> tuple[jax.Array, tuple[KVCache | None, Routing | None]]:
-            state, cache, is_sliding = layer
-            block = nnx.merge(stack.graph, state)
+            carry: tuple[jax.Array, KVCache | None],
+            layer: tuple[nnx.State, jax.Array | None, jax.Array | None],
+        ) -> tuple[tuple[jax.Array, KVCache | None], Routing | None]:
+            (x_BTD, cache), (state, number, is_sliding) = carry, layer
+            block = nnx.merge(stack.graph, state, whole)
+            if number is not None and whole:
+                at_layer(block, number)
+            if cache is not None:
+                cache = cache._replace(layer=number)
             if "layer_input" in how.offload:
                 x_BTD = checkpoint_name(x_BTD, "layer_input")
-            return block(x_BTD, sight, cache, is_sliding)
+            x_BTD, (cache, routing) = block(x_BTD, sight, cache, is_sliding)
+            if cache is not None:
+                cache = cache._replace(layer=None)
+            return (x_BTD, cache), routing
 
-        x_BTD, (cache, routing) = jax.lax.scan(
+        (x_BTD, cache), routing = jax.lax.scan(
             rematerialised(body, how.remat, how.offload),
-            x_BTD,
-            (stack.state, cache, self._kinds(stack)),
+            (x_BTD, cache),
+            (sliced, number_L, self._kinds(stack)),
             unroll=how.unroll or 1,
         )
         return x_BTD, cache, routing
@@ -218,16 +240,20 @@ class Decoder(nnx.Module):
         spec = self.spec
         if len(set(spec.is_sliding)) == 1:
             return None
-        layers = jax.tree.leaves(stack.state)[0].shape[0]
+        layers = _layers(stack)
         whole = layers == spec.num_layers
         assert whole or layers % spec.layer_period == 0, (layers, spec.layer_period)
         return jnp.asarray(spec.is_sliding[:layers])
 
     def head_kernel(self) -> tuple[jax.Array, Axes]:
-        """Return the weight that makes logits, and its axes: vocab first if tied."""
-        if self.spec.tied_embeddings:
-            return self.embed.table[...], ("vocab", "embed")
-        return self.head.kernel[...], ("embed", "vocab")
+        """Return the weight that makes logits, and its axes: vocab first if tied.
+
+        Of a model in floating point: it is what training needs.
+        """
+        is_tied = self.spec.tied_embeddings
+        kernel = self.embed.table[...] if is_tied else self.head.kernel[...]
+        assert isinstance(kernel, jax.Array), "whole numbers are not trained"
+        return kernel, ("vocab", "embed") if is_tied else ("embed", "vocab")
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return float32 [B, T, V] from features."""

@@ -17,9 +17,15 @@ from flax import nnx
 from llmos_jax.ir import ModelSpec
 from llmos_jax.models.annotate import annotate
 from llmos_jax.models.draw import normal
-from llmos_jax.models.lookup import lookup
+from llmos_jax.models.lookup import lookup, lookup_scaled
 from llmos_jax.models.lora import factors_for
 from llmos_jax.models.project import project
+from llmos_jax.models.weight import (
+    Held,
+    matrix,
+    per_token_scales,
+    quantized_product,
+)
 
 
 class RMSNorm(nnx.Module):
@@ -112,10 +118,10 @@ class FeedForward(nnx.Module):
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         D, F = spec.embed_dim, spec.ffn_dim
         down_scale = (2 * spec.num_layers * F) ** -0.5
-        self.gate = normal(rngs, (D, F), D**-0.5, ("embed", "ffn"))
-        self.up = normal(rngs, (D, F), D**-0.5, ("embed", "ffn"))
-        self.down = normal(rngs, (F, D), down_scale, ("ffn", "embed"))
         into, out = {"embed": D}, {"ffn": F}
+        self.gate = matrix(spec, rngs, into, out, D**-0.5)
+        self.up = matrix(spec, rngs, into, out, D**-0.5)
+        self.down = matrix(spec, rngs, out, into, down_scale)
         self.gate_lora = factors_for(spec, "gate", into, out, rngs=rngs)
         self.up_lora = factors_for(spec, "up", into, out, rngs=rngs)
         self.down_lora = factors_for(spec, "down", out, into, rngs=rngs)
@@ -142,11 +148,21 @@ class Embedding(nnx.Module):
 
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         V, D = spec.vocab_size, spec.embed_dim
-        self.table = normal(rngs, (V, D), 0.02, ("vocab", "embed"))
+        how = spec.quantization
+        self.table = (
+            normal(rngs, (V, D), 0.02, ("vocab", "embed"))
+            if how is None or how.embedding == "none"
+            else per_token_scales(how, is_table=True, D=D, V=V)
+        )
         self.scale = D**0.5 if spec.scaled_embeddings else None
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        x_BTD = lookup(self.table[...], tokens_BT)
+    def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Return [B, T, D]; in `dtype` if the table is in few bits, else in its own."""
+        table = self.table[...]
+        if isinstance(table, Held):
+            x_BTD = lookup_scaled(table.values, table.scale, tokens_BT, dtype)
+        else:
+            x_BTD = lookup(table, tokens_BT)
         if self.scale is None:
             return x_BTD
         # Rounded to the dtype of activations first, as the model was trained with.
@@ -154,19 +170,30 @@ class Embedding(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return float32 logits [B, T, V] against the table."""
+        table = self.table[...]
+        if isinstance(table, Held):
+            return quantized_product(x_BTD, table, transposed=True, dtype=jnp.float32)
         return jnp.einsum(
-            "BTD,VD->BTV", x_BTD, self.table[...], preferred_element_type=jnp.float32
+            "BTD,VD->BTV", x_BTD, table, preferred_element_type=jnp.float32
         )
 
 
 class Head(nnx.Module):
     """Output projection of an untied model."""
 
-    def __init__(self, D: int, V: int, *, rngs: nnx.Rngs):
-        self.kernel = normal(rngs, (D, V), D**-0.5, ("embed", "vocab"))
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+        D, V, how = spec.embed_dim, spec.vocab_size, spec.quantization
+        self.kernel = (
+            normal(rngs, (D, V), D**-0.5, ("embed", "vocab"))
+            if how is None or how.head == "none"
+            else per_token_scales(how, is_table=False, D=D, V=V)
+        )
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return float32 logits [B, T, V]."""
+        kernel = self.kernel[...]
+        if isinstance(kernel, Held):
+            return quantized_product(x_BTD, kernel, dtype=jnp.float32)
         return jnp.einsum(
-            "BTD,DV->BTV", x_BTD, self.kernel[...], preferred_element_type=jnp.float32
+            "BTD,DV->BTV", x_BTD, kernel, preferred_element_type=jnp.float32
         )

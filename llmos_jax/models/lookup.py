@@ -9,6 +9,7 @@ own columns, and the columns change places: b T D elements, each way.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,37 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         table_VD,
         tokens_BT,
         in_axes=(_TABLE, _TOKENS),
+        out_axes=_X,
+    )
+    return x_BTD
+
+
+def lookup_scaled(
+    values_VD: jax.Array, scale_V: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """Return the rows [B, T, D] of a table in few bits, in `dtype`; no gradient.
+
+    Args:
+        values_VD: logical axes ("vocab", "embed").
+        scale_V: what each row is multiplied with.
+        tokens_BT: int32 token ids.
+        dtype: of the result.
+    """
+    split = _split(values_VD, tokens_BT)
+
+    def part(
+        values_vd: jax.Array, scale_v: jax.Array, tokens_bt: jax.Array
+    ) -> jax.Array:
+        def rows(index: jax.Array) -> jax.Array:
+            scale = scale_v[index][:, :, None]
+            return (values_vd[index].astype(jnp.float32) * scale).astype(dtype)
+
+        return _found(split, rows, values_vd.shape[0], tokens_bt)
+
+    x_BTD: jax.Array = per_shard(
+        part,
+        *(values_VD, scale_V, tokens_BT),
+        in_axes=(_TABLE, Stored(("vocab",)), _TOKENS),
         out_axes=_X,
     )
     return x_BTD
@@ -100,9 +132,20 @@ def _split(table_VD: jax.Array, tokens_BT: jax.Array) -> _Split:
 
 
 def _rows(split: _Split, table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
+    return _found(split, lambda index: table_vd[index], table_vd.shape[0], tokens_bt)
+
+
+def _found(
+    split: _Split,
+    rows: Callable[[jax.Array], jax.Array],
+    v: int,
+    tokens_bt: jax.Array,
+) -> jax.Array:
+    """What `rows` has for each token, wherever it is among the devices."""
     tokens = _all(tokens_bt, split.swapped)
-    index, is_here = _local(tokens, table_vd.shape[0], split.rows)
-    x = jnp.where(is_here[:, :, None], table_vd[index], jnp.zeros((), table_vd.dtype))
+    index, is_here = _local(tokens, v, split.rows)
+    x = rows(index)
+    x = jnp.where(is_here[:, :, None], x, jnp.zeros((), x.dtype))
     if split.rows:
         x = jax.lax.psum(x, split.rows)
     if split.swapped:

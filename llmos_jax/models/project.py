@@ -7,16 +7,20 @@ it. Written out, every product runs as it lies, or on a copy made in tiles.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from llmos_jax.models.weight import Held, quantized_product
+
 
 def project(
     x: jax.Array,
-    w: jax.Array,
+    w: jax.Array | Held,
     *,
     name: str = "projection",
     contract: int = 1,
@@ -27,7 +31,7 @@ def project(
 
     Args:
         x: [B, T, *inside].
-        w: [*inside, *outside].
+        w: [*inside, *outside], or what stands for it in few bits.
         name: what remat policies call the result (ir/plan.py, TENSORS).
         contract: how many dimensions `inside` has.
         bias: [*outside], added to every token.
@@ -36,6 +40,7 @@ def project(
     Returns:
         [B, T, *outside], in the dtype of x.
     """
+    _observe(name, x)
     y = product(x, w, contract)
     if bias is not None:
         y = y + bias[None, None]
@@ -44,8 +49,11 @@ def project(
     return checkpoint_name(y, name)
 
 
-def product(x: jax.Array, w: jax.Array, contract: int) -> jax.Array:
+def product(x: jax.Array, w: jax.Array | Held, contract: int) -> jax.Array:
     """`project` without a name."""
+    if isinstance(w, Held):
+        assert len(w.inside) == contract, (w.inside, contract)
+        return quantized_product(x, w)
     assert x.shape[2:] == w.shape[:contract], (x.shape, w.shape)
     return _project(x, w, contract)
 
@@ -87,3 +95,29 @@ def _dw_cpu(x: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 _project.defvjp(_forward, _backward)
+
+
+Observer = Callable[[str, jax.Array], None]
+"""Takes the name of a product and the activations that go into it."""
+
+_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+@contextlib.contextmanager
+def observed_by(observer: Observer) -> Iterator[None]:
+    """Within it, `observer` is shown what every `project` takes.
+
+    Under jit it is shown tracers, while the function is traced: what is made of them
+    must be returned by that function.
+    """
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def _observe(name: str, x: jax.Array) -> None:
+    observer = _observer.get()
+    if observer is not None:
+        observer(name, x)

@@ -7,6 +7,7 @@ walks a module graph.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,11 @@ FAMILIES: dict[str, Callable[..., nnx.Module]] = {"llama": Decoder, "moe": Decod
 """Family name -> `constructor(spec, rngs=...)`."""
 
 
+@functools.lru_cache(maxsize=32)
+def _paths_of(table: ParamTable) -> frozenset[str]:
+    return frozenset(row.path for row in table.rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Skeleton:
     """A model without values: its spec, its table, its graph."""
@@ -40,15 +46,21 @@ class Skeleton:
         return _flatten(nnx.state(module, nnx.Param))
 
     def cast(self, params: Params, dtype: str) -> Params:
-        """Parameters as they are computed with; routers stay in float32.
-
-        Where a router's largest logits swap places, other experts run (Switch
-        Transformer, arXiv 2101.03961, section 2.4).
-        """
+        """Parameters as they are computed with; see `keeps_dtype`."""
         return {
-            path: x if path.endswith(".router") else x.astype(dtype)
+            path: x if self.keeps_dtype(path) else x.astype(dtype)
             for path, x in params.items()
         }
+
+    def keeps_dtype(self, path: str) -> bool:
+        """Whether a parameter is computed with as it is stored.
+
+        Routers are: where a router's largest logits swap places, other experts run
+        (Switch Transformer, arXiv 2101.03961, section 2.4). So are matrices in few bits
+        and their scales.
+        """
+        owner = path.rpartition(".")[0]
+        return path.endswith(".router") or f"{owner}.values" in _paths_of(self.table)
 
     def bind(self, params: Params) -> Any:
         """Return the module that computes with `params`; free under jit."""

@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from llmos_jax.ir.topology import Topology
 from llmos_jax.ir.workload import Workload
 from llmos_jax.planner.fitted import Fitted
-from llmos_jax.planner.layout import Layout, dtype_bytes
+from llmos_jax.planner.layout import Layout
 from llmos_jax.planner.sizes import FFN_IN, Product, Sizes
+from llmos_jax.planner.stored import dtype_bytes
 
 ATTENTION_BACKWARD = 2.5
 
@@ -114,7 +115,7 @@ def work_of(
     """Return the seconds over one of `parts` microbatches."""
     tokens = workload.tokens / layout.token_ways / parts
     share = 1 / layout.mesh.stage
-    rate = _flops_per_s(topology, workload, fitted)
+    rate = _flops_per_s(topology, workload.compute_dtype, fitted)
     forward = dict.fromkeys(("context", "head", "other"), 0.0)
     for product in sizes.products:
         # Stages share the layers, or for the head the tokens.
@@ -190,7 +191,7 @@ def _product_s(
     k = product.summed / layout.width_ways.get(product.summed_axis or "", 1)
     n = product.made / layout.width_ways.get(product.made_axis or "", 1)
     flops = 2 * tokens * k * n * product.chosen
-    rate = _flops_per_s(topology, workload, fitted)
+    rate = _flops_per_s(topology, multiplied_in(product, workload), fitted)
     if product.experts > 1:
         rate *= fitted.grouped
         m = tokens * product.chosen * layout.mesh.expert / product.experts
@@ -199,9 +200,16 @@ def _product_s(
     return product.layers * flops * (1 / rate + unhidden)
 
 
-def _flops_per_s(topology: Topology, workload: Workload, fitted: Fitted) -> float:
-    """What large products of the workload's dtype reach on one device."""
-    dtype = workload.compute_dtype
+def multiplied_in(product: Product, workload: Workload) -> str:
+    """The dtype whose peak a product runs at."""
+    few_bits = product.few_bits
+    if few_bits is None or few_bits.activations == "none":
+        return workload.compute_dtype
+    return few_bits.activations
+
+
+def _flops_per_s(topology: Topology, dtype: str, fitted: Fitted) -> float:
+    """What large products of a dtype reach on one device."""
     rate = topology.peak_flops_per_s(dtype) * topology.chip.matmul_efficiency
     is_narrow = dtype_bytes(dtype) == 1 and dtype in topology.chip.peak_flops_per_s
     return rate * fitted.quantized if is_narrow else rate

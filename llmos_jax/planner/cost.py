@@ -46,9 +46,10 @@ from llmos_jax.planner.compute import ATTENTION_BACKWARD, Work, hbm_rate, work_o
 from llmos_jax.planner.decode import decode_s
 from llmos_jax.planner.domain import domain_of
 from llmos_jax.planner.fitted import FITTED, Fitted
-from llmos_jax.planner.layout import Layout, dtype_bytes
+from llmos_jax.planner.layout import Layout
 from llmos_jax.planner.memory import Memory
 from llmos_jax.planner.sizes import Sizes, model_flops
+from llmos_jax.planner.stored import dtype_bytes
 from llmos_jax.planner.traffic import Traffic, traffic_of
 
 LAYER_S = 5e-5

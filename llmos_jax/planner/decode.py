@@ -5,16 +5,21 @@ outputs of attention and feed-forward over the devices that share a layer:
 
     product   the longer of its bytes from memory and its FLOPs, plus `UNHIDDEN` of the
               shorter: they overlap, not fully
-    cache     2 L K H S bytes per sequence, of which half are filled on average over a
-              sequence's life; a ragged kernel reads no more (jax-llm-examples, llama3)
+    cache     2 L K H S elements per sequence (and scales, if they are int8), of which
+              half are filled on average over a sequence's life; a ragged kernel reads
+              no more (jax-llm-examples, llama3)
     sums      two per layer of B x D over the tensor axis; their latency hides behind
               the weights of the next product, their bandwidth does not
 
 Checked against the 23 decode speeds of Llama-3.1-70B with int8 weights and cache on
 v5e-16 (jax-llm-examples llama3/README.md, jax 0.6.0): tools/bench/planner_decode.py.
 
+Tokens that are quantized on their way into a product are multiplied at the peak of
+that dtype, where a chip has one.
+
 Known lies: sampling, scheduling and the host cost nothing; weights in another dtype
-than the compute dtype are converted for free; prompts are not prefilled in between.
+than the compute dtype are converted for free, tokens are quantized for free; prompts
+are not prefilled in between.
 """
 
 from __future__ import annotations
@@ -22,14 +27,16 @@ from __future__ import annotations
 from llmos_jax.ir.topology import Topology
 from llmos_jax.ir.workload import Workload
 from llmos_jax.planner.collectives import HOP_S, Links, exchange_s, gather_s
-from llmos_jax.planner.layout import Layout, dtype_bytes
+from llmos_jax.planner.compute import multiplied_in
+from llmos_jax.planner.layout import Layout
 from llmos_jax.planner.sizes import Product, Sizes
+from llmos_jax.planner.stored import dtype_bytes
 
 STREAM = 0.97
 """Share of memory bandwidth that reading weights reaches. TP16 at batch 8 keeps 85 %
 of 819 GB/s while it also reads the cache and sums 160 times (llama3/README.md)."""
 
-UNHIDDEN = 0.3
+UNHIDDEN = 0.28
 """Share of the shorter of a product's two times that does not hide behind the longer;
 fitted to the same table."""
 
@@ -54,7 +61,7 @@ def decode_s(
         products_s += max(read, work) + UNHIDDEN * min(read, work)
     cache_s = _cache_s(layout, sizes, topology, workload)
     sums_s, sum_hops = _sums(layout, links, sizes, workload, tokens)
-    weights_s = _gathers_s(layout, links, sizes, workload)
+    weights_s = _gathers_s(layout, links, sizes)
     latency_s = max(0.0, sum_hops * HOP_S - products_s)
     step_s = products_s + cache_s + sums_s + weights_s + latency_s
     seconds = {
@@ -81,9 +88,11 @@ def _product_s(
     layers = product.layers / layout.mesh.stage
     chosen = min(product.experts, tokens * layout.mesh.expert * product.chosen)
     held = max(1.0, chosen / layout.mesh.expert)
-    read = layers * held * size * dtype_bytes(workload.param_dtype)
+    few_bits = product.few_bits
+    stored = few_bits.bytes_ if few_bits else dtype_bytes(workload.param_dtype)
+    read = layers * held * size * stored
     flops = 2 * tokens * product.chosen * layers * size
-    peak = topology.peak_flops_per_s(workload.compute_dtype)
+    peak = topology.peak_flops_per_s(multiplied_in(product, workload))
     return (
         read / _stream_rate(topology),
         flops / (peak * topology.chip.matmul_efficiency),
@@ -93,11 +102,11 @@ def _product_s(
 def _cache_s(
     layout: Layout, sizes: Sizes, topology: Topology, workload: Workload
 ) -> float:
-    width = 2 * sizes.kv_width / layout.width_ways["kv_heads"]
+    token = sizes.cached_bytes(workload.kv_dtype) / layout.width_ways["kv_heads"]
     sequences = workload.global_batch / layout.batch_ways
     filled = sequences * workload.seq_len * FILLED
     layers = sizes.layers / layout.mesh.stage
-    read = layers * width * filled * dtype_bytes(workload.kv_dtype)
+    read = layers * token * filled
     return read / _stream_rate(topology)
 
 
@@ -116,12 +125,11 @@ def _sums(
     return seconds, hops
 
 
-def _gathers_s(layout: Layout, links: Links, sizes: Sizes, workload: Workload) -> float:
+def _gathers_s(layout: Layout, links: Links, sizes: Sizes) -> float:
     """Weights that are kept in shards are gathered for every token."""
-    width = dtype_bytes(workload.param_dtype)
     return sum(
-        gather_s(links, axes, elements * width, sizes.layers)
-        for axes, elements in layout.gathers.items()
+        gather_s(links, axes, size, sizes.layers)
+        for axes, size in layout.served.gathers.items()
     )
 
 

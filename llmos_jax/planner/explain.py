@@ -17,6 +17,7 @@ from llmos_jax.ir.plan import REMATS, Pins, Plan, Rejected
 from llmos_jax.ir.workload import Workload
 from llmos_jax.planner.domain import MARGIN
 from llmos_jax.planner.memory import budget
+from llmos_jax.planner.stored import quantization_of
 from llmos_jax.planner.text import (
     WIDTH,
     bar,
@@ -136,8 +137,20 @@ def _head(plan: Plan) -> list[str]:
             f"{work.phase}, {work.global_batch} x {work.seq_len} tokens, "
             f"{work.compute_dtype} compute, {work.param_dtype} weights",
         ),
+        *_served(plan),
         *_agreement(work),
     ]
+
+
+def _served(plan: Plan) -> list[str]:
+    """In what a step that serves multiplies, and what it keeps."""
+    if plan.workload.phase == "train":
+        return []
+    how = quantization_of(plan.params)
+    few_bits = how is not None and how.activations != "none"
+    tokens = how.activations if how and few_bits else plan.workload.compute_dtype
+    keys = f"keys and values kept as {plan.workload.kv_dtype}"
+    return [row("products", f"tokens multiplied as {tokens}; {keys}")]
 
 
 def _agreement(work: Workload) -> list[str]:
@@ -246,7 +259,7 @@ def _compiler_memory(plan: Plan, whole: float) -> list[str]:
     if plan.compiled is None:
         return []
     found, stack = plan.compiled, plan.predicted.memory
-    held = stack.get("params", 0.0) + stack.get("optimizer", 0.0)
+    held = sum(stack.get(name, 0.0) for name in ("params", "optimizer", "KV cache"))
     peak = plan.predicted.peak_hbm_bytes
     pairs = (
         ("arguments", "argument_bytes", held),

@@ -18,13 +18,24 @@ from llmos_jax.ir.plan import MeshShape
 from llmos_jax.ir.rules import Rules, Spec, mesh_axes_in
 from llmos_jax.ir.workload import Workload
 from llmos_jax.planner.sizes import Sizes
+from llmos_jax.planner.stored import served_bytes
 from llmos_jax.rules import resolve, resolve_activation
 from llmos_jax.rules.resolve import nearest_text
 
 Group = tuple[str, ...]
 """Mesh axes that take part in one collective, in mesh order."""
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """Bytes of one device's parameters in a step that serves: few-bit values and their
+    scales as they are stored, all else in one dtype."""
+
+    kept: float
+    gathers: dict[Group, float]
+    """Mesh axes -> a device's part once gathered over them."""
+    layer: float
+    """One layer as a device uses it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,6 +72,8 @@ class Layout:
     is_layer_gathered: bool
     gathered_rest: float
     """The largest single parameter outside the layers, as used."""
+    served: Served
+    """Bytes of what serves."""
 
 
 def lay_out(
@@ -83,6 +96,8 @@ def lay_out(
     sums: dict[Group, float] = {}
     sharded = trained = unstaged = gathered_layer = gathered_rest = 0.0
     is_layer_gathered = False
+    width, served_gathers = served_bytes(table, workload), dict[Group, float]()
+    served_kept = served_layer = 0.0
     for row in table.rows:
         split = mesh_axes_in(specs[row.path])
         gathered = tuple(
@@ -98,8 +113,11 @@ def lay_out(
             trained += size / _ways(set(split), mesh)
         if mesh.stage > 1 and "stage" not in split:
             unstaged += size / _ways(set(split), mesh)
+        used_bytes = used * width[row.path]
+        served_kept += size / _ways(set(split), mesh) * width[row.path]
         if gathered:
             gathers[gathered] = gathers.get(gathered, 0.0) + used
+            served_gathers[gathered] = served_gathers.get(gathered, 0.0) + used_bytes
         if summed and not row.is_frozen:
             part = used / _ways(set(gathered), mesh)
             sums[summed] = sums.get(summed, 0.0) + part
@@ -107,6 +125,7 @@ def lay_out(
             at = row.axes.index("layers")
             stages = _ways(set(mesh_axes_in(specs[row.path][at : at + 1])), mesh)
             gathered_layer += used * stages / row.shape[at]
+            served_layer += used_bytes * stages / row.shape[at]
             is_layer_gathered |= bool(gathered)
         else:
             gathered_rest = max(gathered_rest, used)
@@ -126,6 +145,7 @@ def lay_out(
         gathered_layer=gathered_layer,
         is_layer_gathered=is_layer_gathered,
         gathered_rest=gathered_rest,
+        served=Served(kept=served_kept, gathers=served_gathers, layer=served_layer),
     )
 
 
@@ -152,11 +172,6 @@ def _residual_ways(rules: Rules, workload: Workload, mesh: MeshShape) -> int:
             "by tokens)"
         )
     return _ways(residual - seq, mesh)
-
-
-def dtype_bytes(dtype: str) -> int:
-    """Bytes of one element; 4 for a dtype that is not known."""
-    return DTYPE_BYTES.get(dtype, 4)
 
 
 def _width_axes(rules: Rules, sizes: Sizes, mesh: MeshShape) -> dict[str, Group]:

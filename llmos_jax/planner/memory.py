@@ -37,8 +37,9 @@ from llmos_jax.ir.plan import Way, saved_tensors
 from llmos_jax.ir.topology import Topology
 from llmos_jax.ir.workload import Workload
 from llmos_jax.planner.compute import tensor_widths
-from llmos_jax.planner.layout import Layout, dtype_bytes
+from llmos_jax.planner.layout import Layout
 from llmos_jax.planner.sizes import Sizes
+from llmos_jax.planner.stored import dtype_bytes
 
 RESERVE = 0.05
 """Share of memory left free for what no compiler sees: fragmentation over time, input
@@ -363,21 +364,23 @@ def _serve(
     compute = dtype_bytes(workload.compute_dtype)
     sequences = workload.global_batch / layout.batch_ways
     tokens = workload.tokens / layout.batch_ways
-    kv_width = sizes.kv_width / layout.width_ways["kv_heads"]
+    token = sizes.cached_bytes(workload.kv_dtype) / layout.width_ways["kv_heads"]
     layers = sizes.layers / layout.mesh.stage
-    cached = 2 * layers * kv_width * sequences * workload.seq_len
     vocab = sizes.vocab / layout.width_ways["vocab"]
     return {
-        "params": layout.sharded * dtype_bytes(workload.param_dtype),
-        "KV cache": cached * dtype_bytes(workload.kv_dtype),
-        "gathered weights": _used_layer(layout, workload),
+        "params": layout.served.kept,
+        "KV cache": layers * token * sequences * workload.seq_len,
+        "gathered weights": _used_layer(layout, sizes, workload),
         "temporaries": tokens * _everything(layout, sizes, fitted) * compute,
         "logits": sequences * vocab * 4,  # of the last token, float32
     }
 
 
-def _used_layer(layout: Layout, workload: Workload) -> float:
-    """One layer as it is multiplied with: gathered, in compute dtype; 0 if kept so."""
+def _used_layer(layout: Layout, sizes: Sizes, workload: Workload) -> float:
+    """One layer as it is multiplied with: gathered, in compute dtype or in few bits; 0
+    if kept so."""
+    if sizes.is_quantized:
+        return layout.served.layer * layout.is_layer_gathered
     is_cast = workload.param_dtype != workload.compute_dtype
     if not (layout.is_layer_gathered or is_cast):
         return 0.0

@@ -15,6 +15,15 @@ from dataclasses import dataclass
 
 from llmos_jax.ir.params import ParamRow, ParamTable
 from llmos_jax.ir.workload import Workload
+from llmos_jax.planner.stored import (
+    SCALE_BYTES,
+    FewBits,
+    dtype_bytes,
+    few_bits_of,
+    quantization_of,
+    weights_in,
+    without_scales,
+)
 
 FFN_IN = ("ffn_gate", "ffn_up")
 
@@ -34,6 +43,8 @@ class Product:
     experts: int = 1
     chosen: int = 1
     """Copies of the weight that one token goes through, of `experts`."""
+    few_bits: FewBits | None = None
+    """How the weight is kept and multiplied; None: as the workload says."""
 
     @property
     def active(self) -> int:
@@ -69,6 +80,8 @@ class Sizes:
     """Layers after which their pattern begins again: a pipeline cuts between."""
     is_frozen: bool = False
     """Whether most weights have no gradient (LoRA)."""
+    is_quantized: bool = False
+    """Whether matrices are kept, and multiplied, in few bits."""
     products: tuple[Product, ...] = ()
 
     def __hash__(self) -> int:
@@ -84,6 +97,11 @@ class Sizes:
     def kv_width(self) -> int:
         """K * H, of keys or of values."""
         return self.kv_heads * self.head_dim
+
+    def cached_bytes(self, kv_dtype: str) -> float:
+        """Bytes of the keys and values of one token in one layer, scales included."""
+        scale = SCALE_BYTES if kv_dtype == "int8" else 0
+        return 2 * self.kv_heads * (self.head_dim * dtype_bytes(kv_dtype) + scale)
 
     def keys_seen(self, tokens: int, block: int = 0) -> float:
         """Keys that a query of a causal sequence sees, on average over its tokens and
@@ -105,7 +123,7 @@ class Sizes:
 
 def sizes_of(table: ParamTable) -> Sizes:
     """Return the sizes of a model."""
-    axes = table.axis_sizes()
+    axes = without_scales(table).axis_sizes()
     layers = axes.get("layers", 1)
     kaplan_width = round(math.sqrt(table.num_params / layers / 12))
     embed = axes.get("embed", max(1, kaplan_width))
@@ -127,6 +145,7 @@ def sizes_of(table: ParamTable) -> Sizes:
         sliding=0 if table.spec is None else sum(table.spec.is_sliding),
         period=1 if table.spec is None else table.spec.layer_period,
         is_frozen=any(row.is_frozen for row in table.rows),
+        is_quantized=quantization_of(table) is not None,
         products=_products(table),
     )
 
@@ -157,7 +176,8 @@ def _products(table: ParamTable) -> tuple[Product, ...]:
     """One product per weight that tokens are multiplied with, in the table's order."""
     found: list[Product] = []
     chosen = _chosen(table)
-    for row in table.rows:
+    few_bits = few_bits_of(table)
+    for row in without_scales(table).rows:
         kept = [
             (axis, size)
             for axis, size in zip(row.axes, row.shape, strict=True)
@@ -180,13 +200,14 @@ def _products(table: ParamTable) -> tuple[Product, ...]:
         found.append(
             Product(
                 tensor=tensor,
-                summed=math.prod(size for _, size in summed),
+                summed=math.prod(size for _, size in summed) * weights_in(row),
                 made=math.prod(size for _, size in made),
                 summed_axis=summed[0][0],
                 made_axis=made[0][0],
                 layers=_size(row, "layers"),
                 experts=experts,
                 chosen=chosen if "experts" in row.axes else 1,
+                few_bits=few_bits.get(row.path),
             )
         )
     return tuple(found)
@@ -223,5 +244,5 @@ def _lookup_params(table: ParamTable) -> int:
 
 
 def _is_lookup(row: ParamRow, table: ParamTable) -> bool:
-    tables = [other for other in table.rows if "vocab" in other.axes]
-    return row.axes[:1] == ("vocab",) and len(tables) > 1
+    tables = [row for row in without_scales(table).rows if "vocab" in row.axes]
+    return row in tables and row.axes[0] == "vocab" and len(tables) > 1

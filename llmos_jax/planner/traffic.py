@@ -45,8 +45,9 @@ from llmos_jax.planner.collectives import (
     sum_s,
 )
 from llmos_jax.planner.compute import compute_bytes, tensor_widths
-from llmos_jax.planner.layout import Layout, dtype_bytes
+from llmos_jax.planner.layout import Layout
 from llmos_jax.planner.sizes import Sizes
+from llmos_jax.planner.stored import dtype_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +114,7 @@ def traffic_of(
     moves = layout.sharded * wide / max(1, workload.local_steps)
     is_alone = workload.local_steps > 0
     return Traffic(
-        weights=sum(
-            gather_s(links, axes, elements * width, sizes.layers)
-            for axes, elements in layout.gathers.items()
-        ),
+        weights=_weights_s(layout, links, sizes, workload),
         sums=sum(
             sum_s(links, axes, elements * wide, 1)
             for axes, elements in layout.sums.items()
@@ -138,6 +136,17 @@ def traffic_of(
             name: 2 * layers * size * tokens * width / host_rate
             for name, size in tensor_widths(layout, sizes).items()
         },
+    )
+
+
+def _weights_s(layout: Layout, links: Links, sizes: Sizes, workload: Workload) -> float:
+    """Training gathers weights that are cast; few bits are gathered as they are."""
+    width = compute_bytes(workload)
+    gathered = {axes: elements * width for axes, elements in layout.gathers.items()}
+    if sizes.is_quantized:
+        gathered = layout.served.gathers
+    return sum(
+        gather_s(links, axes, size, sizes.layers) for axes, size in gathered.items()
     )
 
 

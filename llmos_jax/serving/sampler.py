@@ -1,66 +1,274 @@
-"""Choose the next token from logits: greedy, or temperature with top-k and top-p.
+"""Choose the next token of each sequence from its logits, each by its own parameters.
 
-B sequences, V vocabulary.
+B sequences, V vocabulary, n blocks of M tokens, C candidates.
+
+Parameters are arrays with one value per row, so one program serves every temperature
+and seed. What no row of a batch asks for is left out of the program: the parts of
+`SamplingRows` are None then, and a greedy batch compiles to an argmax.
+
+The vocabulary is looked at in blocks of about sqrt(V): the maximum, the sum and the
+draw of a row are first those of its blocks, then one within a block. On two CPU cores,
+32 rows of 49,152: argmax 0.5 ms instead of 3.8, a draw 1.6 ms instead of 50.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmos_jax.errors import ConfigError
+from llmos_jax.serving.filters import Keep, deepest_kept
+from llmos_jax.serving.penalties import Counts, Penalties, penalized
+
+NOT_A_NUMBER = -2
+"""Instead of a token, where a row's largest logit is NaN or infinite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to choose: temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+    """How to choose each token of one sequence.
+
+    Names and meanings are those of OpenAI's API and of vLLM: temperature divides the
+    logits, then top_k, top_p and min_p leave tokens out, in this order. A repetition
+    penalty looks at prompt and answer, the other two at the answer alone.
+    """
 
     temperature: float = 0.0
+    """0 is greedy."""
     top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
+    """Keep the most likely tokens whose probabilities reach p; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens of at least this share of the most likely one's probability."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens seen, and multiplies negative ones."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens said."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time that a token was said."""
     seed: int = 0
 
     def check(self) -> Sampling:
         """Return self, or raise ConfigError for a value outside its range."""
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature is {self.temperature}; it must be >= 0.")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}; it must be >= 0 (0: all).")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; it must be in (0, 1].")
+        _in_range("temperature", self.temperature, 0, math.inf)
+        _in_range("top_k", self.top_k, 0, 2**31, note=" (0 keeps all)")
+        _in_range("top_p", self.top_p, 0, 1, opens=True, closes=True)
+        _in_range("min_p", self.min_p, 0, 1, closes=True)
+        _in_range(
+            "repetition_penalty", self.repetition_penalty, 0, math.inf, opens=True
+        )
+        _in_range("presence_penalty", self.presence_penalty, -2, 2, closes=True)
+        _in_range("frequency_penalty", self.frequency_penalty, -2, 2, closes=True)
+        _in_range("seed", self.seed, -(2**63), 2**64)
         return self
 
+    @property
+    def draws(self) -> bool:
+        """Whether chance has a part in it."""
+        return self.temperature > 0
 
-def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Return int32 [B] token ids; the same key gives the same tokens."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    scaled_BV = logits_BV / jnp.float32(sampling.temperature)
-    scaled_BV = keep_top_p(keep_top_k(scaled_BV, sampling.top_k), sampling.top_p)
-    return jax.random.categorical(key, scaled_BV, axis=-1).astype(jnp.int32)
+    @property
+    def filters(self) -> bool:
+        """Whether tokens are left out of the draw."""
+        return self.draws and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that were said or seen count."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
 
 
-def keep_top_k(logits_BV: jax.Array, top_k: int) -> jax.Array:
-    """Mask all but the k most likely tokens; ties with the k-th stay."""
-    if top_k == 0 or top_k >= logits_BV.shape[-1]:
-        return logits_BV
-    kth_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-    return jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+def _in_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    *,
+    opens: bool = False,
+    closes: bool = False,
+    note: str = "",
+) -> None:
+    """Refuse a value outside [low, high): `opens` leaves low out, `closes` lets high
+    in. NaN is in no range."""
+    above = value > low if opens else value >= low
+    below = value <= high if closes else value < high
+    if above and below:
+        return
+    span = f"{'(' if opens else '['}{low}, {high}{']' if closes else ')'}"
+    raise ConfigError(f"{name} is {value}; it must be in {span}{note}.")
 
 
-def keep_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
-    """Mask all but the smallest set of tokens whose probabilities reach p.
+class Needs(NamedTuple):
+    """What the program of a batch holds; each combination is another program."""
 
-    A token stays if the tokens more likely than it sum to less than p, so the most
-    likely one always stays (nucleus sampling, arXiv 1904.09751).
+    draws: bool
+    filters: bool
+    penalizes: bool
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling]) -> Needs:
+        """What at least one of the rows needs."""
+        return cls(
+            draws=any(one.draws for one in samplings),
+            filters=any(one.filters for one in samplings),
+            penalizes=any(one.penalizes for one in samplings),
+        )
+
+
+class Draw(NamedTuple):
+    """Chance: how much of it, and from where."""
+
+    temperature_B: jax.Array
+    """float32; 0 is greedy."""
+    seed_B2: jax.Array
+    """uint32: the high and low half of the seed."""
+
+
+class SamplingRows(NamedTuple):
+    """`Sampling` of B rows; a part that no row needs is None."""
+
+    draw: Draw | None
+    keep: Keep | None
+    penalties: Penalties | None
+
+
+def rows_of(samplings: Sequence[Sampling], needs: Needs | None = None) -> SamplingRows:
+    """Lay out the parameters of B rows as arrays.
+
+    Args:
+        samplings: of each row, checked.
+        needs: what the program holds; None: what these rows need.
     """
-    if top_p >= 1:
-        return logits_BV
-    order_BV = jnp.argsort(-logits_BV, axis=-1)
-    sorted_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, -1), axis=-1)
-    before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
-    rank_BV = jnp.argsort(order_BV, axis=-1)
-    keep_BV = jnp.take_along_axis(before_BV < top_p, rank_BV, -1)
-    return jnp.where(keep_BV, logits_BV, -jnp.inf)
+    needs = needs or Needs.of(samplings)
+
+    def column(name: str, dtype: type) -> jax.Array:
+        return jnp.asarray(np.array([getattr(one, name) for one in samplings], dtype))
+
+    seeds = np.array([one.seed % 2**64 for one in samplings], np.uint64)
+    halves = np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], axis=1)
+    return SamplingRows(
+        draw=Draw(
+            temperature_B=column("temperature", np.float32),
+            seed_B2=jnp.asarray(halves.astype(np.uint32)),
+        )
+        if needs.draws
+        else None,
+        keep=Keep(
+            top_k_B=column("top_k", np.int32),
+            top_p_B=column("top_p", np.float32),
+            min_p_B=column("min_p", np.float32),
+        )
+        if needs.filters
+        else None,
+        penalties=Penalties(
+            repetition_B=column("repetition_penalty", np.float32),
+            presence_B=column("presence_penalty", np.float32),
+            frequency_B=column("frequency_penalty", np.float32),
+        )
+        if needs.penalizes
+        else None,
+    )
+
+
+def sample(
+    logits_BV: jax.Array,
+    rows: SamplingRows,
+    counts: Counts | None,
+    position_B: jax.Array,
+) -> jax.Array:
+    """Return int32 [B]: a token for each row, or NOT_A_NUMBER.
+
+    A row's token depends on its own logits, parameters, counts and position alone: its
+    random numbers are those of (seed, position), wherever in a batch it stands.
+
+    Args:
+        logits_BV: of any float dtype.
+        rows: how to choose.
+        counts: tokens so far; needed with penalties.
+        position_B: int32, where in its sequence the token will stand.
+    """
+    logits_BV = logits_BV.astype(jnp.float32)
+    if rows.penalties is not None:
+        assert counts is not None, "penalties need counts"
+        logits_BV = penalized(logits_BV, rows.penalties, counts)
+    logits_BnM = _in_blocks(logits_BV)
+    token_B, best_B = _most_likely(logits_BnM)
+    if rows.draw is not None:
+        drawn_B = _drawn(logits_BnM, best_B, rows.draw, rows.keep, position_B)
+        token_B = jnp.where(rows.draw.temperature_B > 0, drawn_B, token_B)
+    return jnp.where(jnp.isfinite(best_B), token_B, NOT_A_NUMBER)
+
+
+def _in_blocks(logits_BV: jax.Array) -> jax.Array:
+    """[B, n, M]; what fills up the last block is never chosen."""
+    B, V = logits_BV.shape
+    M = 1 << (V.bit_length() // 2)
+    n = -(-V // M)
+    padded = jnp.pad(logits_BV, ((0, 0), (0, n * M - V)), constant_values=-jnp.inf)
+    return padded.reshape(B, n, M)
+
+
+def _most_likely(logits_BnM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first token with the largest logit, and that logit (NaN, if one is)."""
+    best_Bn = logits_BnM.max(axis=2)
+    block_B = jnp.argmax(best_Bn, axis=1)
+    within_B = jnp.argmax(_block(logits_BnM, block_B), axis=1)
+    return _token(logits_BnM, block_B, within_B), best_Bn.max(axis=1)
+
+
+def _drawn(
+    logits_BnM: jax.Array,
+    best_B: jax.Array,
+    draw: Draw,
+    keep: Keep | None,
+    position_B: jax.Array,
+) -> jax.Array:
+    """Draw a block by what its tokens weigh together, then one of its tokens.
+
+    Both draws add Gumbel noise to the logarithms of the weights and take the largest
+    (arXiv 1611.00712, section 3.1). The product of both probabilities is the token's.
+    """
+    B, n, M = logits_BnM.shape
+    temperature_B = jnp.where(draw.temperature_B > 0, draw.temperature_B, 1.0)
+    # How far below the best: >= 0, whatever the logits and however small temperatures.
+    depth_BnM = (best_B[:, None, None] - logits_BnM) / temperature_B[:, None, None]
+    if keep is not None:
+        kept_B = deepest_kept(depth_BnM.reshape(B, n * M), keep)
+        depth_BnM = jnp.where(
+            depth_BnM <= kept_B[:, None, None], depth_BnM, jnp.float32(jnp.inf)
+        )
+    noise_BnM = _noise(draw.seed_B2, position_B, n + M)
+    mass_Bn = jnp.exp(-depth_BnM).sum(axis=2)
+    block_B = jnp.argmax(jnp.log(mass_Bn) + noise_BnM[:, :n], axis=1)
+    within_B = jnp.argmax(noise_BnM[:, n:] - _block(depth_BnM, block_B), axis=1)
+    return _token(logits_BnM, block_B, within_B)
+
+
+def _noise(seed_B2: jax.Array, position_B: jax.Array, count: int) -> jax.Array:
+    """Gumbel noise [B, count] of each row's seed and position."""
+
+    def of_row(seed_2: jax.Array, position: jax.Array) -> jax.Array:
+        root = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
+        return jax.random.gumbel(jax.random.fold_in(root, position), (count,))
+
+    return jax.vmap(of_row)(seed_B2, position_B)
+
+
+def _block(x_BnM: jax.Array, block_B: jax.Array) -> jax.Array:
+    """Each row's own block, [B, M]."""
+    return jnp.take_along_axis(x_BnM, block_B[:, None, None], axis=1)[:, 0]
+
+
+def _token(logits_BnM: jax.Array, block_B: jax.Array, within_B: jax.Array) -> jax.Array:
+    return (block_B * logits_BnM.shape[2] + within_B).astype(jnp.int32)

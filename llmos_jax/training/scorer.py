@@ -209,7 +209,10 @@ def distance(sums: Iterator[np.ndarray]) -> Distance:
 
 
 def said_now_and_then(
-    say: Callable[[str], None], what: str, every_s: float = 10.0
+    say: Callable[[str], None],
+    what: str,
+    every_s: float = 10.0,
+    things: str = "batches",
 ) -> Progress:
     """A Progress that writes a line every few seconds, and none for short work."""
     began = last = time.monotonic()
@@ -221,6 +224,6 @@ def said_now_and_then(
             return
         last = now
         left = math.ceil((now - began) / done * (total - done))
-        say(f"{what}: {done} of {total} batches, {left} s left")
+        say(f"{what}: {done} of {total} {things}, {left} s left")
 
     return tell

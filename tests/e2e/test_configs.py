@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(
     path.relative_to(ROOT)
     for path in ROOT.rglob("*.toml")
-    if path.relative_to(ROOT).parts[0] not in ("models", "calibration", "prices.toml")
+    if path.relative_to(ROOT).parts[0]
+    not in ("models", "calibration", "compress", "prices.toml")
 )
 MODELS = sorted(path.stem for path in (ROOT / "models").glob("*.toml"))
 

@@ -158,7 +158,7 @@ def test_key_value_cache_by_hand():
     assert found["KV cache"] == 2 * 32 * 8 * 128 * 2048 * 16 * 2 / 16
 
 
-def test_int8_cache_takes_half():
+def test_int8_cache_takes_half_and_a_scale_for_each_head():
     bytes_of = {
         dtype: stack(
             "llama3_8b",
@@ -167,7 +167,8 @@ def test_int8_cache_takes_half():
         )["KV cache"]
         for dtype in ("bfloat16", "int8")
     }
-    assert bytes_of["int8"] == bytes_of["bfloat16"] / 2
+    # 128 numbers and a float32 scale, where 128 numbers had two bytes each.
+    assert bytes_of["int8"] == bytes_of["bfloat16"] * (128 + 4) / 256
 
 
 def test_reserve_is_left_free():

@@ -4,12 +4,13 @@
     .venv/bin/python tools/bench/aot.py [--only TEXT] [--kept FILE] [--full-effort]
         [--json]
 
-Each case is planned as a user would (what is not pinned is free), then the exact train
-step is compiled by the real TPU compiler for the exact topology (needs libtpu:
+Each case is planned as a user would (what is not pinned is free), then the exact step
+is compiled by the real TPU compiler for the exact topology (needs libtpu:
 pip install -e .[aot]), its memory read off and its collectives audited. XLA's effort is
-lowered as for a probe; --full-effort compiles as `plan --verify compile` does. One to
-ten minutes a case on two cores. --kept FILE appends each result to FILE and skips what
-is there: a run can be cut short and go on.
+lowered as for a probe; --full-effort compiles as `plan --verify compile` does. A train
+step takes one to ten minutes on two cores, a step that serves (`--only serve`) half a
+minute. --kept FILE appends each result to FILE and skips what is there: a run can be
+cut short and go on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from llmos_jax.config import load_config
 from llmos_jax.errors import DoesNotFit, LlmosError
 from llmos_jax.lowering.verify import PROBE_EFFORT
 from llmos_jax.telemetry import log
+
+_SERVE = "plan.phase=decode serve.kv_dtype=int8 batch.global=64 batch.seq_len=2048"
+_INT8 = "serve.weight_dtype=int8 serve.activations=int8"
+_FLOAT8 = "serve.weight_dtype=float8 serve.activations=float8"
 
 CASES = {
     "70b-fsdp": "model=llama3_70b topology=v5p:4x4x8 batch.seq_len=8192 "
@@ -44,6 +49,23 @@ CASES = {
     "batch.global=1024 plan.mesh.stage=4 plan.mesh.data=1 plan.schedule=1f1b",
     "70b-4-stages-circular": "model=llama3_70b topology=4*v5e:16x16 batch.seq_len=4096 "
     "batch.global=1024 plan.mesh.stage=4 plan.mesh.data=1 plan.schedule=circular",
+    **{
+        f"serve-{name}": f"{_SERVE} {rest}"
+        for name, rest in {
+            "8b-v5e": f"model=llama3_8b topology=v5e:2x4 {_INT8}",
+            "8b-v5p": f"model=llama3_8b topology=v5p:2x2x1 {_INT8}",
+            "8b-v6e": f"model=llama3_8b topology=v6e:2x4 {_INT8}",
+            "8b-tpu7x": f"model=llama3_8b topology=tpu7x:2x2x1 {_FLOAT8}",
+            "8b-v5e-int4": "model=llama3_8b topology=v5e:2x4 serve.weight_dtype=int4 "
+            "serve.group=128",
+            "8b-v5e-prefill": f"model=llama3_8b topology=v5e:2x4 {_INT8} "
+            "plan.phase=prefill batch.global=8",
+            "70b-v5e": f"model=llama3_70b topology=v5e:4x4 {_INT8} plan.mesh.tensor=16",
+            "70b-v5p": f"model=llama3_70b topology=v5p:2x2x2 {_INT8}",
+            "70b-v6e": f"model=llama3_70b topology=v6e:2x4 {_INT8}",
+            "70b-tpu7x": f"model=llama3_70b topology=tpu7x:2x2x1 {_FLOAT8}",
+        }.items()
+    },
 }
 """Name -> what is asked of `plan`."""
 
@@ -90,7 +112,7 @@ def _run(name: str, full_effort: bool) -> dict[str, Any]:
         "step_s": chosen.predicted.step_s,
         "mfu": chosen.predicted.mfu,
     }
-    skeleton = models.skeleton(resolve.spec_of(config))
+    skeleton = models.skeleton(chosen.params.spec or resolve.spec_of(config))
     options = None if full_effort else PROBE_EFFORT
     started = time.perf_counter()
     try:

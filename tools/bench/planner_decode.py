@@ -4,7 +4,8 @@
     .venv/bin/python tools/bench/planner_decode.py [--json]
 
 The table is jax-llm-examples llama3/README.md (commit 440b2a0, jax 0.6.0), tokens/s of
-one sequence: int8 weights and cache, TP16, or DP2 x TP8. No device is needed.
+one sequence: int8 weights and cache, products in bfloat16, TP16, or DP2 x TP8. No
+device is needed.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 
 from llmos_jax.config import load_model
 from llmos_jax.hardware import parse_topology
-from llmos_jax.ir import MeshShape, ParamTable, Way, Workload
+from llmos_jax.ir import MeshShape, ParamTable, Quantization, Way, Workload
 from llmos_jax.models import param_table
 from llmos_jax.planner import sizes_of
 from llmos_jax.planner.collectives import links_of
@@ -44,7 +46,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    table = param_table(load_model("llama3_70b"))
+    spec = replace(load_model("llama3_70b"), quantization=Quantization(weights="int8"))
+    table = param_table(spec)
     rows = [
         _row(table, tensor, batch, context, speed)
         for (tensor, batch), speeds in PUBLISHED.items()

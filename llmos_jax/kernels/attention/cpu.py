@@ -10,39 +10,26 @@ of them. Float32 only, any score, no segments, no vmap. The partitioner cannot s
 inside a custom call and would gather its inputs, so `api` picks it only where there is
 one device.
 
-The source is compiled at first use with $CXX, c++, g++ or clang++ for the CPU that it
-runs on, and kept in the user's cache. LLMOS_CPU_KERNELS=0 turns it off.
+The source is compiled at first use (`kernels.native`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llmos_jax.errors import ConfigError, LowerError
+from llmos_jax.errors import LowerError
+from llmos_jax.kernels import native
 from llmos_jax.kernels.attention.reference import CONTEXT, PLAIN, Score, whole
 from llmos_jax.kernels.target import Target, current_target
-from llmos_jax.places import cache_folder
 
 _SOURCE = Path(__file__).with_suffix(".cc")
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread")
-_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())
-"""Ways to ask for all of this CPU's instructions; a compiler knows at most one."""
-
 _TARGETS = ("llmos_attention_forward", "llmos_attention_backward")
 
 
@@ -108,24 +95,7 @@ def unavailable() -> str | None:
     Raises:
         ConfigError: LLMOS_CPU_KERNELS is neither 0 nor 1.
     """
-    wanted = os.environ.get("LLMOS_CPU_KERNELS", "1")
-    if wanted not in ("0", "1"):
-        raise ConfigError(
-            f"LLMOS_CPU_KERNELS = {wanted!r}; 0 turns the CPU kernels off, 1 on."
-        )
-    if wanted == "0":
-        return "LLMOS_CPU_KERNELS=0"
-    try:
-        library = ctypes.CDLL(str(_build()))
-    except LowerError as problem:
-        return str(problem)
-    except OSError as problem:
-        return f"the CPU kernel cannot be kept or loaded: {problem}"
-    for target in _TARGETS:
-        jax.ffi.register_ffi_target(
-            target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu"
-        )
-    return None
+    return native.register(_SOURCE, _TARGETS)
 
 
 def _refuse(segment_BT: jax.Array | None) -> None:
@@ -134,67 +104,6 @@ def _refuse(segment_BT: jax.Array | None) -> None:
             "The CPU attention kernel knows no documents (segments). Use "
             'implementation="blocked".'
         )
-
-
-def _build() -> Path:
-    """Return the compiled library, from the cache if it is there."""
-    compiler = _compiler()
-    flags, machine = _flags(compiler)
-    parts = (_SOURCE.read_text(encoding="utf-8"), *compiler, *flags, machine)
-    name = hashlib.sha256(
-        "\0".join((*parts, jaxlib.version.__version__)).encode()
-    ).hexdigest()
-    path = cache_folder() / "kernels" / f"{name[:24]}.so"
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        # Two processes may both compile; each renames a whole file into place.
-        fresh = Path(folder) / path.name
-        include = f"-I{jax.ffi.include_dir()}"
-        _run([*compiler, *flags, include, str(_SOURCE), "-o", str(fresh)])
-        fresh.replace(path)
-    return path
-
-
-def _compiler() -> list[str]:
-    chosen = shlex.split(os.environ.get("CXX", ""))
-    if chosen:
-        return chosen
-    for name in ("c++", "g++", "clang++"):
-        if shutil.which(name):
-            return [name]
-    raise LowerError("no C++ compiler (c++, g++, clang++ or $CXX) was found")
-
-
-def _flags(compiler: list[str]) -> tuple[list[str], str]:
-    """Return flags that this compiler takes, and what it predefines with them.
-
-    The predefined macros name the compiler's version and every instruction set that it
-    will use, so they tell apart machines that share a home folder.
-    """
-    for this_cpu in _THIS_CPU:
-        flags = [*_FLAGS, *this_cpu]
-        try:
-            macros = _run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-        except LowerError:
-            if not this_cpu:
-                raise
-            continue
-        return flags, macros
-    raise AssertionError("the last of _THIS_CPU returns or raises")
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as problem:
-        raise LowerError(f"{command[0]} cannot be run: {problem.strerror}") from None
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if "error" in line]
-        why = (lines or done.stderr.splitlines() or ["no message"])[0]
-        raise LowerError(f"{command[0]} failed on the CPU kernel: {why}")
-    return done.stdout
 
 
 Arrays = tuple[jax.Array, ...]
