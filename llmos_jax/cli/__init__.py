@@ -2,7 +2,7 @@
 
 from llmos_jax.cli import render
 from llmos_jax.cli.arguments import add_config, add_model, arguments_of
-from llmos_jax.cli.door import Answer, run_verb, silence, speak
+from llmos_jax.cli.door import Answer, run_verb, speak
 
 __all__ = [
     "Answer",
@@ -11,6 +11,5 @@ __all__ = [
     "arguments_of",
     "render",
     "run_verb",
-    "silence",
     "speak",
 ]

@@ -81,10 +81,6 @@ def speak(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def silence(text: str) -> None:
-    """Write nothing: the answer comes whole, as JSON."""
-
-
 def _say(text: str) -> int:
     with contextlib.suppress(BrokenPipeError):
         if text:

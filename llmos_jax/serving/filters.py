@@ -12,7 +12,7 @@ arXiv 2407.01082, has its depth written down). Tokens of equal logits stay toget
 Nearly always the answer is among the C most likely tokens. A row in which it is not
 (top_k > C, or a flat distribution) is searched as a whole: depths are not negative, so
 they are ordered as the bits of their floats are, and 31 steps find a number of 31 bits.
-On a CPU with V = 49,152, the candidates cost 0.1 ms a row, that search 0.7 ms.
+The search reads all of V at each step, so it is done only for rows that need it.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from llmos_jax.serving.penalties import Counts, count, counted
 from llmos_jax.serving.sampler import Needs, Sampling, SamplingRows, rows_of, sample
 
 MOST_STEPS = 32
-"""K: a dispatch's overhead is a thousandth of so many steps already."""
+"""K: a judgement; it bounds what a request that stops early waits for."""
 NO_TOKEN = -1
 """Where a row had ended."""
 _STOPS_MULTIPLE = 4

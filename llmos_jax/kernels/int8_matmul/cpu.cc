@@ -407,6 +407,8 @@ float quantize(const Rows& in, int64_t row, float* scratch, int16_t* out) {
   return largest > 0.0f ? largest / in.limit : 1.0f;
 }
 
+int64_t split(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 enum class Gate : int32_t { kNone = 0, kSilu = 1, kGelu = 2 };
 
 struct After {
@@ -563,9 +565,9 @@ int8_t* aligned(std::vector<int8_t>& memory, int64_t bytes) {
 void project_tiled(ffi::ThreadPool& pool, const Rows& in, const After& after, int64_t m,
                    const int8_t* weights, int64_t panels, int64_t panel_bytes) {
   const int64_t pairs = panel_bytes / LINE;
-  const int64_t input_blocks = (in.K + TILE_INPUTS - 1) / TILE_INPUTS;
+  const int64_t input_blocks = split(in.K, TILE_INPUTS);
   const int64_t block_bytes = 2 * input_blocks * TILE;
-  const int64_t blocks = (m + TILE_ROWS - 1) / TILE_ROWS;
+  const int64_t blocks = split(m, TILE_ROWS);
   const bool has_high = in.limit > 127.0f;
   thread_local std::vector<int8_t> all_digits;
   thread_local std::vector<float> all_scales;
@@ -573,23 +575,20 @@ void project_tiled(ffi::ThreadPool& pool, const Rows& in, const After& after, in
   all_scales.resize(m);
   float* const scales = all_scales.data();
   constexpr int64_t kRowsAtOnce = 4;
-  llmos::Team::run(pool, (m + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t task) {
+  llmos::Team::run(pool, split(m, kRowsAtOnce), [&](int64_t task) {
     thread_local std::vector<float> scratch;
     thread_local std::vector<int16_t> row16;
     scratch.resize(in.K);
-    row16.resize(input_blocks * TILE_INPUTS);
-    std::fill(row16.begin() + in.K, row16.end(), int16_t{0});
+    row16.assign(input_blocks * TILE_INPUTS, 0);
     const int64_t last = std::min(m, (task + 1) * kRowsAtOnce);
     for (int64_t row = task * kRowsAtOnce; row < last; ++row) {
-      Rows exact = in;
-      exact.padded = in.K;
-      scales[row] = quantize(exact, row, scratch.data(), row16.data());
+      scales[row] = quantize(in, row, scratch.data(), row16.data());
       split_digits(row16.data(), input_blocks * TILE_INPUTS, input_blocks,
                    row % TILE_ROWS, digits + row / TILE_ROWS * block_bytes);
     }
   });
   const int64_t chunk = std::max<int64_t>(1, panels / (8 * pool.num_threads()));
-  llmos::Team::run(pool, (panels + chunk - 1) / chunk, [&](int64_t task) {
+  llmos::Team::run(pool, split(panels, chunk), [&](int64_t task) {
     thread_local std::vector<int8_t> memory;
     int8_t* const interleaved = aligned(memory, 2 * input_blocks * TILE);
     alignas(64) float sums[TILE_ROWS * PANEL];
@@ -614,8 +613,6 @@ void project_tiled(ffi::ThreadPool& pool, const Rows& in, const After& after, in
 // ------------------------------------------------------------------------ entry point
 
 using FloatBuffer = ffi::Buffer<ffi::F32>;
-
-int64_t split(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 const float* or_null(const FloatBuffer& buffer, int64_t layer) {
   const int64_t width = buffer.dimensions().back();

@@ -7,12 +7,11 @@ GPUs do not take their fast kernels (XLA issue 7117: 2.8 TOP/s on an A100). A we
 that is only stored in few bits is converted on its way into the product and scaled
 after it, which TPUs and GPUs fuse into the operand.
 
-CPUs do not: tools/bench/int8_matmul.py, a converted float32 product of 1 row with 2048
-x 6144 numbers, 30 ms. There each row becomes two int8 digits, together 15 bits, where
-bfloat16 has 8, and products are whole numbers, 2 ms. Rows are padded to 8, without
-which XLA:CPU multiplies one row with code that is not blocked: 48 ms for 2.4. Groups of
-inputs are the exception: products as narrow as a group are 4 to 40 times slower than
-converting the weights, from 8 rows to 128.
+CPUs do not. There each row becomes two int8 digits, together 15 bits, where bfloat16
+has 8, and products are of whole numbers. Rows are padded to 8, without which XLA:CPU
+multiplies one row with code that is not blocked. Groups of inputs are the exception: a
+product as narrow as a group is slower than converting the weights. Each was found on a
+busy machine by a factor of 4 and more; tools/bench/int8_matmul.py times this form.
 """
 
 from __future__ import annotations
