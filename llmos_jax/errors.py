@@ -11,7 +11,10 @@ LlmosError                     exit 1
 ├── CheckpointError            exit 1  a checkpoint missing, damaged or foreign
 │   └── PlanMismatch           exit 1  a checkpoint of another model or other replicas
 ├── TrainingError              exit 1  the run itself: NaN loss, no disk space
-└── CompressError              exit 1  a smaller model that is too far from its source
+├── CompressError              exit 1  a smaller model that is too far from its source
+└── ServeError                 exit 1  the engine cannot serve, or go on
+    ├── Overloaded             exit 1  too much waits already; when to ask again
+    └── Stopping               exit 1  the engine takes no more requests
 
 The front doors turn any of them into one `error:` line and its exit code; whatever is
 not in this tree is our own bug and keeps its traceback. A message says what was wanted,
@@ -93,6 +96,22 @@ class TrainingError(LlmosError):
 
 class CompressError(LlmosError):
     """A smaller model is further from its source than was allowed."""
+
+
+class ServeError(LlmosError):
+    """The engine cannot serve, or cannot go on."""
+
+
+class Overloaded(ServeError):
+    """More waits than may wait; `retry_after_s` says when there should be room."""
+
+    def __init__(self, message: str, retry_after_s: float):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Stopping(ServeError):
+    """The engine takes no more requests."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -349,6 +349,23 @@ def to_score(config: RunConfig) -> RunConfig:
     )
 
 
+def to_serve(config: RunConfig) -> RunConfig:
+    """The same run, planned for decoding with all seats taken."""
+    asked = config.serve
+    batch = replace(
+        config.batch, global_=asked.seats, per_device=None, seq_len=_context(config)
+    )
+    # Any sequence may have any page, so all devices share every layer.
+    mesh = {"data": 1, "fsdp": 1} | (config.plan.mesh or {})
+    return replace(
+        config, plan=replace(config.plan, phase="decode", mesh=mesh), batch=batch
+    )
+
+
+def _context(config: RunConfig) -> int:
+    return config.serve.context or spec_of(config).max_seq_len
+
+
 def on_same_mesh(config: RunConfig, chosen: Plan) -> RunConfig:
     """The run of `evaluate.against`, planned for the mesh that was chosen."""
     assert config.evaluate.against is not None

@@ -61,7 +61,7 @@ class PlanSection:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSection:
     """What a prefill or decode step is planned for: batch.global sequences, each with
-    batch.seq_len tokens of context."""
+    batch.seq_len tokens of context; and how `serve` runs it."""
 
     weight_dtype: Literal["float32", "bfloat16", "int8", "int4", "float8"] = "bfloat16"
     """Of the model's matrices; one that is quantized already stays as it is."""
@@ -76,6 +76,23 @@ class ServeSection:
     """Turn keys by a Hadamard matrix before an int8 cache rounds them (`generate`)."""
     max_step_ms: float | None = None
     """Latency goal of one step; slower plans are turned down."""
+    seats: int = 32
+    """Sequences that run at once, at most (`serve`)."""
+    context: int | None = None
+    """Tokens of a sequence, prompt and answer, at most; None: the model's own."""
+    step_tokens: int = 512
+    """Tokens that one step computes, at most: long prompts come in chunks of so many
+    (`serve`)."""
+    cache_gib: float | None = None
+    """Memory for keys and values on each device; None: on a CPU a quarter of what the
+    weights and programs leave, elsewhere all of it; never more than the seats fill."""
+    prefix_cache: bool = True
+    """Prompts that begin alike share keys and values (`serve`)."""
+    drafts: int = 0
+    """Tokens that a sequence guesses from its own text and checks in one step, up to 7;
+    0: none. It changes no answer (`serve`)."""
+    overlap: bool = True
+    """Send a step before the last one is known (`serve`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

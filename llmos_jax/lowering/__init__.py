@@ -1,6 +1,6 @@
 """Turn a Plan into Programs: mesh, shardings, jit, compile."""
 
-from llmos_jax.lowering.arrays import fetch, global_array, local_rows
+from llmos_jax.lowering.arrays import fetch, global_array, local_rows, placed
 from llmos_jax.lowering.audit import Unplanned, audit
 from llmos_jax.lowering.collectives import Collective, collectives_of
 from llmos_jax.lowering.collectives import table as collective_table
@@ -61,6 +61,7 @@ __all__ = [
     "measured_topology",
     "named",
     "param_shardings",
+    "placed",
     "probe_plan",
     "quiet",
     "replicated",

@@ -7,6 +7,8 @@ exactly the rows its own devices hold, which may overlap with other processes' r
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -41,6 +43,14 @@ def global_array(
         return local[wanted][(slice(None), *index[1:])]
 
     return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def placed(value: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has whole, laid out over all their devices."""
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(
+        whole.shape, sharding, lambda index: whole[index]
+    )
 
 
 def fetch(value: jax.Array) -> np.ndarray:

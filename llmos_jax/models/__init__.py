@@ -10,7 +10,7 @@ from llmos_jax.models.annotate import (
     per_shard,
 )
 from llmos_jax.models.attention import token_order
-from llmos_jax.models.cache import KVCache, empty_cache
+from llmos_jax.models.cache import KVCache, empty_cache, empty_pages
 from llmos_jax.models.decoder import Decoder, Pass, Stack
 from llmos_jax.models.layers import capped
 from llmos_jax.models.moe import Routing
@@ -33,6 +33,7 @@ __all__ = [
     "annotated_by",
     "capped",
     "empty_cache",
+    "empty_pages",
     "floats",
     "mesh_axes_of",
     "observed_by",

@@ -27,14 +27,7 @@ from llmos_jax.kernels.attention import (
 from llmos_jax.kernels.attention.reference import whole
 from llmos_jax.kernels.decode_attention import decode_attention
 from llmos_jax.models.annotate import annotate, mesh_axes_of, per_shard, ways_of
-from llmos_jax.models.cache import (
-    SCALE_AXES,
-    VALUE_AXES,
-    KVCache,
-    rotated,
-    stacked,
-    written,
-)
+from llmos_jax.models.cache import KVCache, rotated, stacked, written
 from llmos_jax.models.layers import RMSNorm
 from llmos_jax.models.lora import factors_for
 from llmos_jax.models.project import project
@@ -340,6 +333,7 @@ def _attend_to_cache(
 ) -> jax.Array:
     """Each device attends its sequences and heads to their part of the cache."""
     arrays, layer = stacked(cache)
+    count, table = len(arrays), () if cache.table is None else (cache.table,)
     N, K = q_BTNH.shape[2], cache.k.shape[-3]
     is_alike = mesh_axes_of("heads", N) == mesh_axes_of("kv_heads", K)
 
@@ -348,8 +342,9 @@ def _attend_to_cache(
         position: jax.Array,
         head: jax.Array,
         layer: jax.Array,
-        *arrays: jax.Array,
+        *given: jax.Array,
     ) -> jax.Array:
+        arrays, table = given[:count], given[count:]
         if not is_alike:
             arrays = tuple(_of_heads(x, layer, head, N // K) for x in arrays)
             layer = jnp.int32(0)
@@ -360,22 +355,26 @@ def _attend_to_cache(
             k_scale_BKS=k_scale,
             v_scale_BKS=v_scale,
             layer=layer,
+            table_BM=table[0] if table else None,
             score=score,
         )
 
-    axes = (VALUE_AXES, VALUE_AXES, SCALE_AXES, SCALE_AXES)[: len(arrays)]
+    table_axes = tuple(("batch", None) for _ in table)
     out_BTNH: jax.Array = per_shard(
         part,
-        *(q_BTNH, position_BT, jnp.arange(N), layer, *arrays),
-        in_axes=(_Q_AXES, ("batch", "seq"), ("heads",), (), *axes),
+        *(q_BTNH, position_BT, jnp.arange(N), layer, *arrays, *table),
+        in_axes=(
+            *(_Q_AXES, ("batch", "seq"), ("heads",), ()),
+            *(*cache.axes, *table_axes),
+        ),
         out_axes=_Q_AXES,
     )
     return out_BTNH
 
 
 def _of_heads(x: jax.Array, layer: jax.Array, head_N: jax.Array, G: int) -> jax.Array:
-    """One layer of a cache [L, B, K, S, ...], with the key/value heads that a device's
-    query heads look at: one if they share it, else one for each."""
+    """One layer of a cache [L, B, K, S, ...] or of pages, with the key/value heads that
+    a device's query heads look at: one if they share it, else one for each."""
     x = jax.lax.dynamic_slice_in_dim(x, layer, 1, axis=0)
     if G % len(head_N) == 0:
         return jax.lax.dynamic_slice_in_dim(x, head_N[0] // G, 1, axis=2)

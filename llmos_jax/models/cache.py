@@ -1,8 +1,13 @@
 """The keys and values of tokens already seen, one buffer for all layers.
 
-L layers, B sequences, T new tokens, S cache slots, K key/value heads, H head size. Slot
-s holds the token at position s; slots past the current position hold garbage that no
-query sees. Each sequence is written at its own place.
+L layers, B sequences, T new tokens, S cache slots, K key/value heads, H head size, P
+pages of C slots, M pages of a sequence at most. Slot s holds the token at position s;
+slots past the current position hold garbage that no query sees. Each sequence is
+written at its own place.
+
+A cache is contiguous, with S slots for each sequence, or made of pages, with a table of
+those that each sequence has (`kernels.decode_attention.pages`). Any sequence may come
+to have any page, so devices that split sequences each keep all pages.
 
 An int8 cache has a scale for each token and head: scale = absmax / 127, numbers rounded
 to nearest, ties to even. Its keys may be rotated by a Hadamard matrix, and queries with
@@ -30,24 +35,36 @@ VALUE_AXES: Axes = (None, "batch", "kv_heads", None, "head_dim")
 """Of keys and values."""
 SCALE_AXES: Axes = VALUE_AXES[:-1]
 """Of their scales."""
+PAGE_AXES: Axes = (None, None, *VALUE_AXES[2:])
+"""Of keys and values in pages."""
 
 
 class KVCache(NamedTuple):
-    """Keys and values [L, B, K, S, H]; one layer's share has no L."""
+    """Keys and values [L, B, K, S, H], or pages [L, P, K, C, H] with a table; one
+    layer's share has no L."""
 
     k: jax.Array
     v: jax.Array
     k_scale: jax.Array | None = None
-    """float32 [L, B, K, S], of int8 keys."""
+    """float32 [L, B, K, S] or [L, P, K, C], of int8 keys."""
     v_scale: jax.Array | None = None
     layer: jax.Array | None = None
     """int32 scalar: which layer is at work, where the arrays have all of them."""
+    table: jax.Array | None = None
+    """int32 [B, M]: the pages of each sequence, one after another. An entry outside
+    [0, P) is no page: nothing is written there, and what is read is of no account."""
 
     @property
     def arrays(self) -> tuple[jax.Array, ...]:
         """k, v and, of int8, their scales."""
         given = (self.k, self.v, self.k_scale, self.v_scale)
         return tuple(x for x in given if x is not None)
+
+    @property
+    def axes(self) -> tuple[Axes, ...]:
+        """Of each of `arrays`, with an L."""
+        values = VALUE_AXES if self.table is None else PAGE_AXES
+        return (values, values, values[:-1], values[:-1])[: len(self.arrays)]
 
     @property
     def rotate_keys(self) -> bool:
@@ -102,6 +119,29 @@ def empty_cache(
     return cache._replace(k_scale=next(scales), v_scale=next(scales))
 
 
+def empty_pages(
+    spec: ModelSpec,
+    pages: int,
+    page_size: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    rotate_keys: bool = False,
+) -> KVCache:
+    """Pages of zeros that no sequence has yet: give the cache a table.
+
+    Args:
+        spec: the model.
+        pages: P.
+        page_size: C.
+        dtype: as of `empty_cache`.
+        rotate_keys: as of `empty_cache`.
+
+    Raises:
+        ConfigError: heads of this size cannot be rotated.
+    """
+    return empty_cache(spec, pages, page_size, dtype, rotate_keys=rotate_keys)
+
+
 def stacked(cache: KVCache) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Return arrays that have an L, and the layer in them that is at work."""
     if cache.layer is not None:
@@ -128,21 +168,25 @@ def written(
     else:
         new = [k_BTKH.astype(cache.k.dtype), v_BTKH.astype(cache.v.dtype)]
     old, layer = stacked(cache)
-    count = len(old)
-    old_axes = (VALUE_AXES, VALUE_AXES, SCALE_AXES, SCALE_AXES)[:count]
-    token_axes: Axes = ("batch", None, "kv_heads", "head_dim")
+    count, table = len(old), () if cache.table is None else (cache.table,)
+    # All devices that keep a page write to it.
+    batch = None if table else "batch"
+    token_axes: Axes = (batch, None, "kv_heads", "head_dim")
     new_axes = (token_axes, token_axes, token_axes[:-1], token_axes[:-1])[:count]
+    one: Axes = (batch, None)
 
     def part(
         position: jax.Array, layer: jax.Array, *arrays: jax.Array
     ) -> tuple[jax.Array, ...]:
-        return write_tokens(arrays[:count], arrays[count:], position, layer)
+        old, new, table = arrays[:count], arrays[count : 2 * count], arrays[2 * count :]
+        table_BM = table[0] if table else None
+        return write_tokens(old, new, position, layer, table_BM=table_BM)
 
     made = per_shard(
         part,
-        *(position_BT, layer, *old, *new),
-        in_axes=(("batch", None), (), *old_axes, *new_axes),
-        out_axes=old_axes,
+        *(position_BT, layer, *old, *new, *table),
+        in_axes=(one, (), *cache.axes, *new_axes, *(one for _ in table)),
+        out_axes=cache.axes,
     )
     if cache.layer is None:
         made = tuple(x[0] for x in made)

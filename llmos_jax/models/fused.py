@@ -28,7 +28,7 @@ from llmos_jax.ir import ModelSpec
 from llmos_jax.kernels.attention import Score
 from llmos_jax.kernels.decode_attention import cpu as attention
 from llmos_jax.kernels.int8_matmul import cpu as int8
-from llmos_jax.models.cache import KVCache, empty_cache
+from llmos_jax.models.cache import KVCache, empty_cache, empty_pages
 from llmos_jax.models.layers import capped
 from llmos_jax.models.packed import FusedParams, Packing, packed
 from llmos_jax.models.rope import local_angles, rotary_angles
@@ -83,6 +83,11 @@ class FusedDecoder:
         self.empty_cache = functools.partial(
             empty_cache, spec, dtype=kv_dtype, rotate_keys=rotate_keys
         )
+        self.empty_pages = functools.partial(
+            empty_pages, spec, dtype=kv_dtype, rotate_keys=rotate_keys
+        )
+        self.is_ragged = True
+        self.page_size = attention.PAGE
         how = spec.quantization
         assert how is not None
         self._activations = how.activations
@@ -111,8 +116,9 @@ class FusedDecoder:
             params: from `pack`.
             tokens_BT: int32 token ids.
             position_BT: int32 positions, consecutive in a sequence.
-            slot_B: which sequences of the cache these are; None: the first B. Rows of
-                one that lies outside are padding.
+            slot_B: which sequences of the cache these are, or which rows of its table,
+                if it has one; None: the first B. Rows of one that lies outside are
+                padding.
             cache: of earlier tokens.
         """
         spec = self.spec
@@ -162,6 +168,12 @@ class FusedDecoder:
             made = _normed(x_mD, params.final_norm[0], self.spec.norm_eps) @ params.head
         return capped(made.reshape(B, T, -1), self.spec.logit_softcap)
 
+    def normed(self, params: FusedParams, x_BTD: jax.Array) -> jax.Array:
+        """Return features after the last norm."""
+        x_mD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        normed_mD = _normed(x_mD, params.final_norm[0], self.spec.norm_eps)
+        return normed_mD.reshape(x_BTD.shape)
+
     def _embedded(self, params: FusedParams, tokens_m: jax.Array) -> jax.Array:
         if params.table is None:
             x_mD = _rows_of(params.head, tokens_m)
@@ -210,6 +222,7 @@ class FusedDecoder:
             norm_eps=spec.norm_eps,
             rotate_keys=cache.rotate_keys,
             window=window,
+            table_BM=cache.table,
         )
         k, v, *scales = arrays
         cache = cache._replace(k=k, v=v)

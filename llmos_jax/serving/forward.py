@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from llmos_jax.errors import ConfigError
-from llmos_jax.models import Params, Skeleton, empty_cache
+from llmos_jax.models import Params, Skeleton, empty_cache, empty_pages
 from llmos_jax.models.fused import FusedDecoder, unsuited
 from llmos_jax.telemetry import log
 
@@ -25,11 +25,21 @@ Cache = Any
 Weights = Any
 """Parameters as a model here wants them: a dict by path, or packed for its kernels."""
 
+_PAGE = 64
+_TPU_PAGE = 128
+"""Tokens of a page: what the kernels take together (kernels/decode_attention)."""
+
 KV_DTYPES = ("float32", "bfloat16", "int8")
 
 
 class Forward(Protocol):
     """What the serving programs trace."""
+
+    is_ragged: bool
+    """Whether rows of one token each are as good as rows of many: a step may take
+    whatever tokens of whatever sequences there are."""
+    page_size: int
+    """Tokens of a page of its cache."""
 
     def forward(
         self,
@@ -45,17 +55,24 @@ class Forward(Protocol):
             params: as they are computed with.
             tokens_BT: int32.
             position_BT: int32, smaller than the cache's slots are long.
-            slot_B: int32, which slots of the cache these sequences have. One that lies
-                outside of it marks a padding row, of which nothing is written; a single
-                row is never padding. None: row b has slot b.
+            slot_B: int32, which slots of the cache these sequences have, or which rows
+                of its table, if it has one. One that lies outside of it marks a padding
+                row, of which nothing is written; a single row of a cache without a
+                table is never padding. None: row b has slot b.
             cache: keys and values of earlier tokens.
         """
+
+    def normed(self, params: Weights, x_BTD: jax.Array) -> jax.Array:
+        """Return features after the last norm: what embeddings are made of."""
 
     def logits(self, params: Weights, x_BTD: jax.Array) -> jax.Array:
         """Return [B, T, V] of features."""
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Return room for `batch` sequences of `slots` tokens."""
+
+    def empty_pages(self, pages: int, page_size: int) -> Cache:
+        """Return pages that no sequence has yet; its table is None."""
 
 
 class DecoderForward:
@@ -66,6 +83,11 @@ class DecoderForward:
         self.empty_cache = functools.partial(
             empty_cache, skeleton.spec, dtype=kv_dtype, rotate_keys=rotate_keys
         )
+        self.empty_pages = functools.partial(
+            empty_pages, skeleton.spec, dtype=kv_dtype, rotate_keys=rotate_keys
+        )
+        self.is_ragged = False
+        self.page_size = _TPU_PAGE if jax.default_backend() == "tpu" else _PAGE
 
     def forward(
         self,
@@ -78,11 +100,20 @@ class DecoderForward:
         model = self._skeleton.bind(params)
         if slot_B is None:
             return model.features(tokens_BT, position_BT, cache)
+        if cache.table is not None:
+            own = cache.table.at[slot_B].get(mode="fill", fill_value=-1)
+            x_BTD, new = model.features(
+                tokens_BT, position_BT, cache._replace(table=own)
+            )
+            return x_BTD, new._replace(table=cache.table)
         x_BTD, own = model.features(tokens_BT, position_BT, _taken(cache, slot_B))
         return x_BTD, _put(cache, own, slot_B)
 
     def logits(self, params: Params, x_BTD: jax.Array) -> jax.Array:
         return self._skeleton.bind(params).logits(x_BTD)
+
+    def normed(self, params: Params, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD
 
 
 def _taken(cache: Cache, slot_B: jax.Array) -> Cache:

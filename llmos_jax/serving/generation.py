@@ -14,9 +14,9 @@ import numpy as np
 
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import Params, Skeleton
+from llmos_jax.scheduling import Sampling
 from llmos_jax.serving.forward import open_forward
 from llmos_jax.serving.runner import Runner, power_of_two
-from llmos_jax.serving.sampler import Sampling
 from llmos_jax.serving.session import FinishReason, Hear, Request, Session
 from llmos_jax.serving.step import DecodeState, Row
 

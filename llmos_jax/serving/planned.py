@@ -35,9 +35,10 @@ from llmos_jax.lowering import (
 )
 from llmos_jax.models import KVCache, Params, Skeleton, param_table, skeleton
 from llmos_jax.models.cache import SCALE_AXES, VALUE_AXES
+from llmos_jax.scheduling import Sampling
 from llmos_jax.serving.forward import KV_DTYPES, DecoderForward
 from llmos_jax.serving.penalties import Counts
-from llmos_jax.serving.sampler import Needs, Sampling, SamplingRows, sample
+from llmos_jax.serving.sampler import Needs, SamplingRows, sample
 from llmos_jax.serving.step import (
     NO_TOKEN,
     Choose,
@@ -102,7 +103,7 @@ def lower_decode_step(
     Raises:
         LowerError: the plan is of another phase, or for what no step here does.
     """
-    model = _checked(plan, config, "decode")
+    model = checked_model(plan, config, "decode")
     state, rows = _state(plan, config, mesh, model), _rows(plan, mesh, sampling)
     vocab_size = model.spec.vocab_size
     forward = DecoderForward(model, config.serve.kv_dtype)
@@ -115,7 +116,7 @@ def lower_decode_step(
         return made
 
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    arguments = (_params(plan, config, mesh, model), state, rows, count, count)
+    arguments = (params_of(plan, config, mesh, model), state, rows, count, count)
     return _lowered("decode_step", step, plan, mesh, arguments)
 
 
@@ -138,7 +139,7 @@ def lower_prefill_step(
     Raises:
         LowerError: as `lower_decode_step`.
     """
-    model = _checked(plan, config, "prefill")
+    model = checked_model(plan, config, "prefill")
     choose = _chooser(plan, mesh)
 
     def step(
@@ -160,7 +161,7 @@ def lower_prefill_step(
     size = (plan.workload.global_batch, plan.workload.seq_len)
     at = _named(plan, mesh, ("batch", None), size)
     arguments = (
-        _params(plan, config, mesh, model),
+        params_of(plan, config, mesh, model),
         _state(plan, config, mesh, model),
         jax.ShapeDtypeStruct(size, jnp.int32, sharding=at),
         _rows(plan, mesh, sampling),
@@ -179,7 +180,7 @@ def _lowered(
     )
 
 
-def _checked(plan: Plan, config: RunConfig, phase: str) -> Skeleton:
+def checked_model(plan: Plan, config: RunConfig, phase: str) -> Skeleton:
     """The plan's model, or an error for what no step here does."""
     spec, kept = plan.params.spec, config.serve.kv_dtype
     if plan.workload.phase != phase:
@@ -253,7 +254,7 @@ def _sampling_axes(plan: Plan) -> tuple[str, ...]:
     return split
 
 
-def _params(
+def params_of(
     plan: Plan, config: RunConfig, mesh: Mesh, model: Skeleton
 ) -> dict[str, Any]:
     """What the step is given: few bits as they are stored, all else in one dtype."""

@@ -11,8 +11,9 @@ from typing import Literal
 import numpy as np
 
 from llmos_jax.errors import LlmosError
+from llmos_jax.scheduling import NOT_A_NUMBER
 from llmos_jax.serving.runner import Runner
-from llmos_jax.serving.sampler import NOT_A_NUMBER, Needs
+from llmos_jax.serving.sampler import Needs
 from llmos_jax.serving.step import (
     FREE,
     MOST_STEPS,

@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmos_jax.scheduling import Sampling
 from llmos_jax.serving.forward import Cache, Forward, Weights
 from llmos_jax.serving.penalties import Counts, count, counted
-from llmos_jax.serving.sampler import Needs, Sampling, SamplingRows, rows_of, sample
+from llmos_jax.serving.sampler import Needs, SamplingRows, rows_of, sample
 
 MOST_STEPS = 32
 """K: a judgement; it bounds what a request that stops early waits for."""

@@ -195,7 +195,7 @@ def test_a_block_divides_the_slots_and_fits(
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 @pytest.mark.parametrize(
-    ("writer", "T"), [*((name, 1) for name in sorted(WRITERS)), ("xla", 5)]
+    ("writer", "T"), [(name, T) for name in sorted(WRITERS) for T in (1, 5)]
 )
 def test_tokens_are_written_where_they_stand_and_padding_nowhere(
     writer: str, T: int, dtype: Any

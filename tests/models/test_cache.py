@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from llmos_jax.errors import ConfigError
 from llmos_jax.ir import MESH_AXES, MeshShape, ModelSpec, Rules
 from llmos_jax.lowering import MeshSharder
-from llmos_jax.models import annotated_by, empty_cache, skeleton
+from llmos_jax.models import annotated_by, empty_cache, empty_pages, skeleton
 from llmos_jax.models.attention import Attention, Sight
 from llmos_jax.models.cache import KVCache, RotatedKVCache, quantized, rotated, written
 
@@ -205,6 +205,38 @@ def test_a_whole_prompt_fills_a_cache_that_it_need_not_read(
     near(filled.k, expected.k)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_model_finds_its_tokens_in_pages(
+    tiny: ModelSpec, model: Compiled, tokens_BT: jax.Array, dtype: str
+) -> None:
+    plain = empty_cache(tiny, 2, S, dtype)
+    expected, kept = through(model, tokens_BT, plain, [12, 7, 1])
+    pages = empty_pages(tiny, 6, 8, dtype)._replace(table=TABLE)
+    got, cache = through(model, tokens_BT, pages, [12, 7, 1])
+    near(got, expected, 1e-6)
+    assert cache.table is not None
+    np.testing.assert_array_equal(cache.table, TABLE)
+    for x, y in zip(flat(cache).arrays, kept.arrays, strict=True):
+        near(x[:, :, :, :20].astype(jnp.float32), y[:, :, :, :20], 1e-6)
+
+
+TABLE = jnp.array([[4, 1, 0, -1], [2, 5, 3, 9]], jnp.int32)
+"""Of two sequences of at most 32 tokens in 6 pages of 8."""
+
+
+def flat(cache: KVCache) -> KVCache:
+    """The contiguous cache of the same sequences; where no page is, any."""
+    table = cache.table
+    assert table is not None
+
+    def of_sequences(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x[:, jnp.clip(table, 0, x.shape[1] - 1)], 3, 2)
+        return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+
+    made = dict(zip(KVCache._fields, map(of_sequences, cache.arrays)))
+    return cache._replace(**made, table=None)
+
+
 # ------------------------------------------------------------------------------- layers
 
 RULES = Rules(
@@ -281,6 +313,37 @@ def test_a_layer_writes_and_reads_its_part_of_the_whole(
     jax.tree.map(np.testing.assert_array_equal, share(whole, 0), share(cache, 0))
 
 
+def mesh_of(sizes: dict[str, int]) -> MeshSharder:
+    shape = MeshShape(**sizes)
+    devices = np.array(jax.devices()[: shape.num_devices])
+    mesh = Mesh(devices.reshape([shape.sizes[axis] for axis in MESH_AXES]), MESH_AXES)
+    return MeshSharder(SimpleNamespace(rules=RULES, mesh=shape), mesh)
+
+
+def in_pages(cache: KVCache) -> KVCache:
+    """The same cache of four sequences of 16 tokens in pages of 4, the last first."""
+    table = jnp.arange(16, dtype=jnp.int32)[::-1].reshape(4, 4)
+
+    def cut(x: jax.Array) -> jax.Array:
+        L, B, K, S = x.shape[:4]
+        pages = jnp.moveaxis(x.reshape(L, B, K, 4, S // 4, *x.shape[4:]), 3, 2)
+        return pages.reshape(L, 16, K, S // 4, *x.shape[4:])[:, ::-1]
+
+    made = dict(zip(KVCache._fields, map(cut, cache.arrays)))
+    return cache._replace(**made, table=table)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_layer_sees_the_same_in_pages(tiny: ModelSpec, dtype: str) -> None:
+    cache = filled(tiny, dtype, rotate_keys=True)._replace(layer=jnp.int32(1))
+    out, kept = attended(tiny, cache, 2)
+    got, paged = attended(tiny, in_pages(cache), 2)
+    np.testing.assert_array_equal(got, out)
+    assert isinstance(paged, RotatedKVCache)
+    for a, b in zip(flat(paged).arrays, kept.arrays, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 LAYOUTS = {
     "alike": (8, 4, {"fsdp": 2, "tensor": 4}),
     "few-kv-heads": (8, 2, {"fsdp": 2, "tensor": 4}),
@@ -302,18 +365,17 @@ SLOW = [
         *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW if x not in QUICK),
     ],
 )
+@pytest.mark.parametrize("paged", [False, True], ids=["slots", "pages"])
 def test_devices_write_and_read_their_own_part(
-    tiny: ModelSpec, layout: str, dtype: str, T: int
+    tiny: ModelSpec, layout: str, dtype: str, T: int, paged: bool
 ) -> None:
     heads, kv_heads, sizes = LAYOUTS[layout]
     spec = replace(tiny, num_heads=heads, num_kv_heads=kv_heads)
-    shape = MeshShape(**sizes)
-    devices = np.array(jax.devices()[: shape.num_devices])
-    mesh = Mesh(devices.reshape([shape.sizes[axis] for axis in MESH_AXES]), MESH_AXES)
-    plan = SimpleNamespace(rules=RULES, mesh=shape)
     cache = filled(spec, dtype)._replace(layer=jnp.int32(1))
+    if paged:
+        cache = in_pages(cache)
     expected, kept = attended(spec, cache, T)
-    got, other = attended(spec, cache, T, MeshSharder(plan, mesh))
+    got, other = attended(spec, cache, T, mesh_of(sizes))
     near(got, expected)
     for a, b in zip(other.arrays, kept.arrays, strict=True):
         near(a.astype(jnp.float32), b.astype(jnp.float32), 1e-2)

@@ -60,6 +60,9 @@ CASES = {
             "serve.group=128",
             "8b-v5e-prefill": f"model=llama3_8b topology=v5e:2x4 {_INT8} "
             "plan.phase=prefill batch.global=8",
+            "8b-v5e-chunk": f"model=llama3_8b topology=v5e:2x4 {_INT8} "
+            "plan.phase=prefill batch.global=1 batch.seq_len=512 serve.context=2048 "
+            "plan.mesh.tensor=8",
             "70b-v5e": f"model=llama3_70b topology=v5e:4x4 {_INT8} plan.mesh.tensor=16",
             "70b-v5p": f"model=llama3_70b topology=v5p:2x2x2 {_INT8}",
             "70b-v6e": f"model=llama3_70b topology=v6e:2x4 {_INT8}",

@@ -1,14 +1,17 @@
 """Choose an implementation of attention over a KV cache and check its arguments.
 
 L layers, B sequences, T query tokens, S cache slots, N query heads, K key/value heads,
-H head size.
+H head size, P pages of C slots, M pages of a sequence at most.
+
+A cache is contiguous, [L, B, K, S, H], or paged, [L, P, K, C, H] with a table [B, M]
+that says which pages a sequence has (`pages`); then S = M * C.
 
 The target, not this process's backend, decides (`kernels.target`). The first that
 suits is picked:
 
 | implementation | where it is picked |
 |---|---|
-| pallas_tpu | for TPUs: at most 8 tokens a sequence, S and H multiples of 128 |
+| pallas_tpu | for TPUs: at most 8 tokens a sequence, H and S or C multiples of 128 |
 | xla | everywhere else |
 
 `cpu` is never picked: it is a face of `cpu.attend_rows`, for the laws; models hand that
@@ -20,12 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llmos_jax.kernels.attention.reference import PLAIN, Score
-from llmos_jax.kernels.decode_attention import cpu, pallas_tpu, reference, xla
+from llmos_jax.kernels.decode_attention import cpu, pages, pallas_tpu, reference, xla
 from llmos_jax.kernels.target import current_target
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
@@ -48,6 +52,7 @@ def decode_attention(
     k_scale_BKS: jax.Array | None = None,
     v_scale_BKS: jax.Array | None = None,
     layer: jax.Array | None = None,
+    table_BM: jax.Array | None = None,
     score: Score = PLAIN,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -68,6 +73,10 @@ def decode_attention(
         v_scale_BKS: the same of values.
         layer: int32 scalar. A kernel that is told it reads no other layer, where a
             slice of the cache might be copied first.
+        table_BM: int32 pages of each sequence; keys and values are then pages
+            [P, K, C, H], scales [P, K, C]. An entry outside [0, P) is no page: what a
+            query that sees its places gets is of no account. What stands past the
+            last query of a sequence, and in pages that it does not see, may be NaN.
         score: how scores are made.
         implementation: a name in IMPLEMENTATIONS; None picks the fastest here.
 
@@ -75,27 +84,24 @@ def decode_attention(
         [B, T, N, H] in the dtype of the queries; softmax is taken in float32.
     """
     given = (k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS)
-    _check(q_BTNH, position_BT, given, layer)
+    _check(q_BTNH, position_BT, given, layer, table_BM)
     window, softcap, _ = score
     assert window is None or window >= 1, score
     assert softcap is None or softcap > 0, score
     name = implementation or _fastest(q_BTNH, k_BKSH)
-    out_BTNH: jax.Array
+    implemented = IMPLEMENTATIONS[name].decode_attention
+    options: dict[str, Any] = {"score": score}
+    if name in ("pallas_tpu", "cpu"):
+        options["table_BM"] = table_BM
     if name == "pallas_tpu":
         if layer is None:
             given, layer = _each(given, lambda x: x[None]), jnp.int32(0)
-        out_BTNH = pallas_tpu.decode_attention(
-            q_BTNH, position_BT, *given, score=score, layer=layer
-        )
-        return out_BTNH
-    if layer is not None:
-        index = layer
-        given = _each(
-            given, lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
-        )
-    out_BTNH = IMPLEMENTATIONS[name].decode_attention(
-        q_BTNH, position_BT, *given, score=score
-    )
+        options["layer"] = layer
+    elif name == "cpu" or table_BM is None:
+        given = _of_layer(given, layer)
+    else:
+        given = _unpaged(given, layer, table_BM, position_BT, window)
+    out_BTNH: jax.Array = implemented(q_BTNH, position_BT, *given, **options)
     return out_BTNH
 
 
@@ -105,11 +111,13 @@ def write_tokens(
     position_BT: jax.Array,
     layer: jax.Array,
     *,
+    table_BM: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """Write tokens to their slots; in place where the cache is donated.
 
-    A token whose position lies outside the cache (padding) is not written.
+    A token whose position lies outside the cache (padding), or where its sequence has
+    no page, is not written. No two sequences may write to the same page.
 
     Args:
         cache: [L, B, K, S, H], and scales [L, B, K, S].
@@ -117,6 +125,8 @@ def write_tokens(
         position_BT: int32; of a sequence's tokens that are written, token `t` goes to
             position_BT[b, 0] + t.
         layer: int32 scalar.
+        table_BM: int32 pages of each sequence; the cache is then pages
+            [L, P, K, C, H], and scales [L, P, K, C].
         implementation: a name in WRITERS; None picks the fastest here.
     """
     B, T = position_BT.shape
@@ -128,7 +138,7 @@ def write_tokens(
         on_tpu = current_target().platform == "tpu"
         name = "pallas_tpu" if on_tpu and pallas_tpu.writes(cache, T) else "xla"
     written: tuple[jax.Array, ...] = WRITERS[name].write_tokens(
-        cache, new, position_BT, layer
+        cache, new, position_BT, layer, table_BM=table_BM
     )
     return written
 
@@ -143,15 +153,42 @@ def _each(given: Given, change: Callable[[jax.Array], jax.Array]) -> Given:
     return change(k), change(v), k_scale, v_scale
 
 
+def _of_layer(given: Given, layer: jax.Array | None) -> Given:
+    if layer is None:
+        return given
+    return _each(
+        given, lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    )
+
+
+def _unpaged(
+    given: Given,
+    layer: jax.Array | None,
+    table_BM: jax.Array,
+    position_BT: jax.Array,
+    window: int | None,
+) -> Given:
+    """The contiguous cache of one layer, as far as queries see it."""
+    if layer is None:
+        given, layer = _each(given, lambda x: x[None]), jnp.int32(0)
+    index, (P, _, C) = layer, given[0].shape[1:4]
+    seen_BS = pages.seen(position_BT, table_BM, P, C, window)
+    return _each(given, lambda x: pages.gathered(x, index, table_BM, seen_BS))
+
+
 def _check(
     q_BTNH: jax.Array,
     position_BT: jax.Array,
     given: Given,
     layer: jax.Array | None,
+    table_BM: jax.Array | None,
 ) -> None:
     k, v, *scales = given
     assert k.ndim == (4 if layer is None else 5), (k.shape, layer)
     B, K, _, H = k.shape[-4:]
+    if table_BM is not None:
+        assert table_BM.ndim == 2 and table_BM.dtype == jnp.int32, table_BM
+        B = table_BM.shape[0]
     assert k.shape == v.shape and k.dtype == v.dtype, (k, v)
     assert q_BTNH.shape[::3] == (B, H), (q_BTNH.shape, k.shape)
     assert q_BTNH.shape[2] % K == 0, (q_BTNH.shape, k.shape)

@@ -1,7 +1,8 @@
 // New tokens in, attention over a cache of keys and values out: one call a layer.
 //
-// m rows (tokens of any sequences), B slots (sequences in the cache), S tokens a slot,
-// N query heads, K key/value heads, G = N/K, H head size (padded to whole vectors: Hp).
+// m rows (tokens of any sequences), P pages of C tokens in the cache, B slots (sequences)
+// of M pages each, S = M C tokens a slot, N query heads, K key/value heads, G = N/K, H head
+// size (padded to whole vectors: Hp).
 // cpu.py compiles this file at first use.
 //
 // First every row's keys and values are normed, rotated, quantized and written; then
@@ -362,11 +363,12 @@ void pack_values(const Stored* values, int64_t H, int64_t Hp, int64_t count, flo
 
 template <typename Stored>
 struct Call {
-  int64_t m, B, S, N, K, G, H, Hp;
+  int64_t m, B, S, P, C, N, K, G, H, Hp;
   const float *qkv, *cos, *sin, *q_norm, *k_norm;  // norms: null without
   const int32_t *slot, *position;
-  Stored *k, *v;            // of this layer: [B, K, S, H]
-  float *k_scale, *v_scale;  // [B, K, S]; null where numbers are float32
+  const int32_t* table;      // [B, S/C]: which page holds the places of a slot
+  Stored *k, *v;             // of this layer: [P, K, C, H]
+  float *k_scale, *v_scale;  // [P, K, C]; null where numbers are float32
   float* out;               // [m, N, H]
   int64_t window;
   float scale, softcap, epsilon;  // softcap: infinite if scores stay as they are
@@ -375,12 +377,18 @@ struct Call {
   const float* head(int64_t row, int64_t index) const {  // q heads, k heads, v heads
     return qkv + (row * (N + 2 * K) + index) * H;
   }
-  int64_t cached(int64_t row, int64_t head, int64_t s) const {  // of [B, K, S]
-    return (slot[row] * K + head) * S + s;
+  int64_t page(int64_t row, int64_t s) const { return table[(slot[row] * S + s) / C]; }
+  // Place s of a row's slot in [P, K, C]; some other place where it has no page.
+  int64_t cached(int64_t row, int64_t head, int64_t s) const {
+    const int64_t known = std::clamp<int64_t>(page(row, s), 0, P - 1);
+    return (known * K + head) * C + s % C;
   }
   // A row without a place (padding) is not written, and gets zeros.
   bool has_place(int64_t row) const {
-    return slot[row] >= 0 && slot[row] < B && position[row] >= 0 && position[row] < S;
+    if (slot[row] < 0 || slot[row] >= B || position[row] < 0 || position[row] >= S)
+      return false;
+    const int64_t mine = page(row, position[row]);
+    return mine >= 0 && mine < P;
   }
   Range visible(int64_t row) const {
     const int64_t end = int64_t{position[row]} + 1;
@@ -568,22 +576,24 @@ struct Group {
               const State& part) const {
     const Range keys = block.keys.within(first, SPAN);
     const Range columns{keys.begin / PANEL * PANEL, keys.end};
-    const int64_t at = call.cached(block.row, head, first);
     part.clear(rows, call.Hp);
     for (int64_t s = columns.begin; s < columns.end; s += PANEL)
-      score(first, columns, s, at, q, scores, panel);
-    weigh(first, columns, at, scores, part);
+      score(first, columns, s, q, scores, panel);
+    weigh(first, columns, scores, part);
     for (int64_t s = columns.begin; s < columns.end; s += PANEL)
-      add_values(first, columns, s, at, scores, panel, part.out);
+      add_values(first, columns, s, scores, panel, part.out);
   }
 
  private:
+  // Where place s of this block's slot lies; so do those up to the end of its panel.
+  int64_t place(int64_t s) const { return call.cached(block.row, head, s); }
+
   // Scores of the panel of keys at column `s`.
-  void score(int64_t first, const Range& columns, int64_t s, int64_t at, const float* q,
+  void score(int64_t first, const Range& columns, int64_t s, const float* q,
              float* scores, float* panel) const {
     const int64_t H = call.H, Hp = call.Hp, count = std::min(PANEL, columns.end - s);
-    pack_keys(call.k + (at + s) * H, H, count, panel);
-    const Next next = after_keys(columns, s, at);
+    pack_keys(call.k + place(first + s) * H, H, count, panel);
+    const Next next = after_keys(first, columns, s);
     for (int64_t r = 0; r < rows; r += ROWS) {
       const int64_t some = std::min<int64_t>(ROWS, rows - r);
       const Range seen = visible(r, some).within(first + s, PANEL);
@@ -596,14 +606,14 @@ struct Group {
   }
 
   // Add the panel of values at column `s`, times their weights.
-  void add_values(int64_t first, const Range& columns, int64_t s, int64_t at,
-                  const float* weights, float* panel, float* out) const {
+  void add_values(int64_t first, const Range& columns, int64_t s, const float* weights,
+                  float* panel, float* out) const {
     const int64_t H = call.H, Hp = call.Hp, count = std::min(PANEL, columns.end - s);
-    const Stored* values = call.v + (at + s) * H;
+    const Stored* values = call.v + place(first + s) * H;
     // Values that one tile reads are made float32 on the way.
     const bool direct = H == Hp && (rows <= ROWS || sizeof(Stored) == sizeof(float));
     if (!direct) pack_values(values, H, Hp, count, panel);
-    const Next next = after_values(first, columns, s, at);
+    const Next next = after_values(first, columns, s);
     for (int64_t r = 0; r < rows; r += ROWS) {
       const int64_t some = std::min<int64_t>(ROWS, rows - r);
       const Range seen = visible(r, some).within(first + s, count);
@@ -621,20 +631,22 @@ struct Group {
 
   // Where one tile holds all rows, memory is what they wait for: decoding. After a
   // panel of keys comes another, or the first of values.
-  Next after_keys(const Range& columns, int64_t s, int64_t at) const {
+  Next after_keys(int64_t first, const Range& columns, int64_t s) const {
     if (rows > ROWS) return {};
     const int64_t left = columns.end - s - PANEL;
-    if (left > 0) return panel(call.k, at + s + PANEL, left, call.H);
-    return panel(call.v, at + columns.begin, columns.end - columns.begin, call.H);
+    if (left > 0) return panel(call.k, place(first + s + PANEL), left, call.H);
+    const int64_t count = columns.end - columns.begin;
+    return panel(call.v, place(first + columns.begin), count, call.H);
   }
 
   // Another panel of values, or keys: of the next span, or of the next head.
-  Next after_values(int64_t first, const Range& columns, int64_t s, int64_t at) const {
+  Next after_values(int64_t first, const Range& columns, int64_t s) const {
     if (rows > ROWS) return {};
     const int64_t steps = std::min(PANEL, columns.end - s), end = block.keys.end;
-    if (columns.end > s + PANEL)
-      return panel(call.v, at + s + PANEL, columns.end - s - PANEL, steps);
-    if (end > first + SPAN) return panel(call.k, at + SPAN, end - first - SPAN, steps);
+    const int64_t left = columns.end - s - PANEL;
+    if (left > 0) return panel(call.v, place(first + s + PANEL), left, steps);
+    if (end > first + SPAN)
+      return panel(call.k, place(first + SPAN), end - first - SPAN, steps);
     if (head + 1 == call.K) return {};
     const int64_t begin = block.keys.begin / PANEL * PANEL;
     return panel(call.k, call.cached(block.row, head + 1, begin), end - begin, steps);
@@ -645,13 +657,15 @@ struct Group {
   }
 
   // Turn scores into weights, zero where a row does not see; `columns` were computed.
-  void weigh(int64_t first, const Range& columns, int64_t at, float* scores,
+  void weigh(int64_t first, const Range& columns, float* scores,
              const State& part) const {
     float k_scale[SPAN] = {}, v_scale[SPAN] = {};
     if (call.k_scale != nullptr) {
-      const int64_t count = columns.end - columns.begin;
-      std::copy_n(call.k_scale + at + columns.begin, count, k_scale + columns.begin);
-      std::copy_n(call.v_scale + at + columns.begin, count, v_scale + columns.begin);
+      for (int64_t s = columns.begin; s < columns.end; s += PANEL) {
+        const int64_t count = std::min(PANEL, columns.end - s), at = place(first + s);
+        std::copy_n(call.k_scale + at, count, k_scale + s);
+        std::copy_n(call.v_scale + at, count, v_scale + s);
+      }
     }
     for (int64_t r = 0; r < rows; ++r) {
       const Range seen = call.visible(token(r)).within(first, SPAN);
@@ -850,22 +864,26 @@ template <typename Stored>
 ffi::Error attend(ffi::ThreadPool& pool, const Floats& qkv, const Floats& cos,
                   const Floats& sin, const Floats& q_norm, const Floats& k_norm,
                   const Whole& slot, const Whole& position, const Whole& layer,
-                  const Whole& window, int64_t num_heads, float softcap, float scale,
+                  const Whole& window, const Whole& table, int64_t num_heads,
+                  float softcap, float scale,
                   float epsilon, bool rotate_keys, bool written, Floats& out,
                   ffi::Span<const int64_t> shape, Stored* k, Stored* v, float* k_scale,
                   float* v_scale) {
-  const int64_t B = shape[1], K = shape[2], S = shape[3], H = shape[4];
+  const int64_t P = shape[1], K = shape[2], C = shape[3], H = shape[4];
+  const int64_t B = table.dimensions()[0], S = table.dimensions()[1] * C;
+  if (S != C && C % PANEL != 0)
+    return ffi::Error::InvalidArgument("decode attention: pages must hold whole panels");
   const int64_t index = layer.typed_data()[0];
   if (index < 0 || index >= shape[0])
     return ffi::Error::InvalidArgument("decode attention: no such layer in the cache");
-  const int64_t before = index * B * K * S;
+  const int64_t before = index * P * K * C;
   Call<Stored> call{
-      qkv.dimensions()[0], B, S, num_heads, K, num_heads / K, H,
+      qkv.dimensions()[0], B, S, P, C, num_heads, K, num_heads / K, H,
       (H + WIDTH - 1) / WIDTH * WIDTH,
       qkv.typed_data(), cos.typed_data(), sin.typed_data(),
       q_norm.element_count() ? q_norm.typed_data() : nullptr,
       k_norm.element_count() ? k_norm.typed_data() : nullptr,
-      slot.typed_data(), position.typed_data(),
+      slot.typed_data(), position.typed_data(), table.typed_data(),
       k + before * H, v + before * H,
       k_scale ? k_scale + before : nullptr, v_scale ? v_scale + before : nullptr,
       out.typed_data(), window.typed_data()[0], scale, softcap, epsilon, rotate_keys,
@@ -876,10 +894,10 @@ ffi::Error attend(ffi::ThreadPool& pool, const Floats& qkv, const Floats& cos,
 
 #define ASKED                                                                        \
   ffi::ThreadPool pool, Floats qkv, Floats cos, Floats sin, Floats q_norm,           \
-      Floats k_norm, Whole slot, Whole position, Whole layer, Whole window
+      Floats k_norm, Whole slot, Whole position, Whole layer, Whole window, Whole table
 #define GIVEN                                                                        \
-  pool, qkv, cos, sin, q_norm, k_norm, slot, position, layer, window, num_heads,     \
-      softcap, scale, epsilon, rotate_keys, written, *out, k->dimensions(),          \
+  pool, qkv, cos, sin, q_norm, k_norm, slot, position, layer, window, table,         \
+      num_heads, softcap, scale, epsilon, rotate_keys, written, *out, k->dimensions(),          \
       k->typed_data(), v->typed_data()
 #define NUMBERS                                                                      \
   int64_t num_heads, float softcap, float scale, float epsilon, bool rotate_keys,    \
@@ -907,7 +925,7 @@ ffi::Error attend_int8(ASKED, Int8s, Int8s, Floats, Floats, NUMBERS,
       .Arg<Floats>().Arg<Floats>().Arg<Floats>() /* qkv, cos, sin */                 \
       .Arg<Floats>().Arg<Floats>()               /* norms of q and k */              \
       .Arg<Whole>().Arg<Whole>()                 /* slot, position */                \
-      .Arg<Whole>().Arg<Whole>()                 /* layer, window */
+      .Arg<Whole>().Arg<Whole>().Arg<Whole>()    /* layer, window, table */
 #define ATTRIBUTES                                                                   \
   Attr<int64_t>("num_heads").Attr<float>("softcap").Attr<float>("scale")             \
       .Attr<float>("epsilon").Attr<bool>("rotate_keys").Attr<bool>("written")

@@ -1,7 +1,8 @@
 """Turn projected rows into attention over a KV cache on one CPU device: one C++ call.
 
-m rows (tokens of any sequences), L layers, B slots of the cache, S tokens of a slot,
-N query heads, K key/value heads, H head size, h = H/2, C = (N + 2K) H.
+m rows (tokens of any sequences), L layers, P pages of the cache, c tokens of a page, B
+slots (sequences) of M pages each, S = M c tokens of a slot, N query heads, K key/value
+heads, H head size, h = H/2, C = (N + 2K) H.
 
 `attend_rows` does all that stands between two matrix products of a layer: norms of
 heads, rotation, quantization, writing the cache in place, attention (`cpu.cc`). It
@@ -33,8 +34,11 @@ _TARGETS = {
 _UNLIMITED = np.iinfo(np.int32).max
 
 Cache = tuple[jax.Array, ...]
-"""k and v [L, B, K, S, H], float32 or int8; if int8, also their scales, float32
-[L, B, K, S]."""
+"""k and v [L, P, K, c, H], float32 or int8; if int8, also their scales, float32
+[L, P, K, c]."""
+
+PAGE = 64
+"""What the tokens of a page are a multiple of: keys that the kernel takes together."""
 
 
 @functools.cache
@@ -64,6 +68,7 @@ def attend_rows(
     norm_eps: float = 0.0,
     rotate_keys: bool = False,
     window: jax.Array | None = None,
+    table_BM: jax.Array | None = None,
     is_written: bool = False,
 ) -> tuple[jax.Array, Cache]:
     """Norm and rotate queries and keys, write the cache, attend to it.
@@ -91,6 +96,9 @@ def attend_rows(
             power of two.
         window: int32 scalar that takes the place of the score's, so that one program
             serves layers that differ. Large: none.
+        table_BM: int32, the page of the cache that holds places i c to (i + 1) c - 1 of
+            a slot. One outside of it is no page: a row whose place it would hold is
+            padding. c is a multiple of PAGE. None: slot b is page b, of any length.
         is_written: the cache has these rows' keys and values, and stays as it is.
 
     Returns:
@@ -107,13 +115,16 @@ def attend_rows(
     if reason is not None:
         raise LowerError(f"the CPU decode kernel cannot be used: {reason}.")
     _check(qkv_mC, cos_mh, cache, num_heads, num_kv_heads, rotate_keys)
+    assert table_BM is None or k.shape[3] % PAGE == 0, k.shape
     if window is None:
         window = jnp.int32(_UNLIMITED if score.window is None else score.window)
+    if table_BM is None:
+        table_BM = jnp.arange(k.shape[1], dtype=jnp.int32)[:, None]
     none = jnp.zeros((0,), jnp.float32)
     operands = (
         *(qkv_mC, cos_mh, sin_mh),
         *(none if scale is None else scale for scale in (q_norm_H, k_norm_H)),
-        *(slot_m, position_m, layer, window),
+        *(slot_m, position_m, layer, window, table_BM),
     )
     H, softcap = k.shape[-1], score.softcap
     kinds = [jax.ShapeDtypeStruct((qkv_mC.shape[0], num_heads * H), jnp.float32)]
@@ -145,6 +156,7 @@ def decode_attention(
     v_scale_BKS: jax.Array | None,
     *,
     score: Score,
+    table_BM: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.decode_attention`; float32 queries, H even."""
     B, T, N, H = q_BTNH.shape
@@ -162,6 +174,7 @@ def decode_attention(
         num_heads=N,
         num_kv_heads=K,
         score=score,
+        table_BM=table_BM,
         is_written=True,
     )
     return out_mC.reshape(B, T, N, H)

@@ -1,18 +1,22 @@
-"""Attention of a few new tokens over a KV cache, and writing one token, on a TPU.
+"""Attention of a few new tokens over a KV cache, and writing them, on a TPU.
 
 L layers, B sequences, T query tokens, S cache slots, N query heads, K key/value heads,
-G = N/K, H head size, R = T * G rows that share a key/value head, C slots of a block.
+G = N/K, H head size, R = T * G rows that share a key/value head, C slots of a block,
+P pages of C slots, M pages of a sequence at most.
 
 Tiling: a grid step takes C slots of all K heads of one sequence: blocks of at most
 _BLOCK_BYTES of keys and as many of values, so that a transfer is long enough to hide a
 step's overhead. A sequence's steps keep running maxima, sums and weighted values of its
 K * R rows in VMEM (FlashAttention, arXiv 2205.14135). Steps before its window or past
 its position ask for a block that is there already: nothing moves, nothing is computed.
-The layer is part of a block's address, so no layer of the cache is ever sliced out.
+The layer is part of a block's address, so no layer of the cache is ever sliced out. Of
+a paged cache a block is a page, whose address the step takes from the table; what no
+query of a sequence sees of it counts as zero (`pages`).
 
 VMEM: two blocks each of keys and values, at most 8 MiB; float32 scores and weights of
 K * max(R, 8) * C; what a step converts to bfloat16. Written: blocks of the least height
-that a transfer may have, with one row replaced.
+that a transfer may have, with one row replaced. Steps that follow each other may write
+one block: it is fetched and sent back once.
 
 int8 tiles are converted to the dtype of the queries and never multiplied by their
 scales: those of keys multiply scores, those of values weights. On other platforms it
@@ -28,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from llmos_jax.kernels.attention.reference import MASKED, Score
+from llmos_jax.kernels.decode_attention import pages
 from llmos_jax.kernels.target import current_target
 
 _LANES = 128
@@ -49,12 +54,13 @@ def suits(q_BTNH: jax.Array, k: jax.Array) -> bool:
 
 def writes(cache: Arrays, T: int) -> bool:
     """Whether `write_tokens` is for this cache on a TPU."""
-    return T == 1 and _is_aligned(cache[0])
+    return T <= _MOST_TOKENS and _is_aligned(cache[0])
 
 
 def _is_aligned(k: jax.Array) -> bool:
-    """Whether heads fill a register's lanes. Smaller ones would be padded, so XLA lays
-    them out otherwise and would copy the cache for a kernel."""
+    """Whether heads, and slots (of a page), fill a register's lanes. Smaller heads
+    would be padded: XLA lays them out otherwise, and would copy the cache for a
+    kernel."""
     S, H = k.shape[-2:]
     return S % _LANES == 0 and H % _LANES == 0
 
@@ -75,6 +81,7 @@ def decode_attention(
     *,
     score: Score,
     layer: jax.Array,
+    table_BM: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.decode_attention`; of all layers, with one to look at."""
     # Imported here: Pallas for TPUs takes a second that other platforms need not.
@@ -82,17 +89,30 @@ def decode_attention(
     from jax.experimental.pallas import tpu as pltpu
 
     B, T, N, H = q_BTNH.shape
-    K, S = k_LBKSH.shape[2:4]
+    P, K, C = k_LBKSH.shape[1:4]
+    if table_BM is None:
+        S, C = C, block_slots(C, K * H * k_LBKSH.dtype.itemsize)
+    else:
+        S = table_BM.shape[1] * C
     R = T * (N // K)
-    C = block_slots(S, K * H * k_LBKSH.dtype.itemsize)
     q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, R, H)
-    first_B, last_B = _blocks(position_BT, score.window, S, C)
+    position_BT = position_BT.astype(jnp.int32)
+    if table_BM is not None:
+        position_BT = pages.placed(position_BT, table_BM, P, C)
+    span = pages.span(position_BT, S, score.window)
+    scalars = [layer.reshape(1), position_BT, *span]
+    scalars += [] if table_BM is None else [table_BM]
 
     def of_sequence(b: Any, j: Any, *_: Any) -> tuple[Any, ...]:
         return b, 0, 0, 0
 
-    def of_slots(b: Any, j: Any, layer: Any, _: Any, first: Any, last: Any) -> Any:
-        return layer[0], b, 0, jnp.clip(j, first[b], last[b]), 0
+    def of_slots(
+        b: Any, j: Any, layer: Any, _: Any, first: Any, last: Any, *table: Any
+    ) -> tuple[Any, ...]:
+        j = jnp.clip(j, *_blocks(first[b], last[b], C))
+        if table:
+            return layer[0], jnp.clip(table[0][b, j], 0, P - 1), 0, 0, 0
+        return layer[0], b, 0, j, 0
 
     per_row = pl.BlockSpec((1, K, R, H), of_sequence)
     slots = pl.BlockSpec((1, 1, K, C, H), of_slots)
@@ -100,11 +120,14 @@ def decode_attention(
     cache = [k_LBKSH, v_LBKSH]
     if k_scale_LBKS is not None and v_scale_LBKS is not None:
         cache += [k_scale_LBKS, v_scale_LBKS]
+    attend = _attend
+    if table_BM is not None:
+        attend = functools.partial(_attend_to_pages, P=P)
     out_BKRH = pl.pallas_call(
-        functools.partial(_attend, T=T, C=C, score=score),
+        functools.partial(attend, T=T, C=C, score=score),
         out_shape=jax.ShapeDtypeStruct(q_BKRH.shape, q_BTNH.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=len(scalars),
             grid=(B, S // C),
             in_specs=[per_row, *(slots, slots, scales, scales)[: len(cache)]],
             out_specs=per_row,
@@ -119,23 +142,30 @@ def decode_attention(
         ),
         name="decode_attention",
         interpret=_is_interpreted(),
-    )(
-        *(layer.reshape(1), position_BT.astype(jnp.int32), first_B, last_B),
-        *(q_BKRH, *cache),
-    )
+    )(*scalars, q_BKRH, *cache)
     out_BTKGH = out_BKRH.reshape(B, K, T, N // K, H).swapaxes(1, 2)
     return out_BTKGH.reshape(B, T, N, H)
 
 
-def _blocks(
-    position_BT: jax.Array, window: int | None, S: int, C: int
-) -> tuple[jax.Array, jax.Array]:
+def _blocks(first: Any, last: Any, C: int) -> tuple[Any, Any]:
     """The first and the last block that a sequence's queries see; one at least."""
-    last_B = jnp.clip(jnp.max(position_BT, axis=1), 0, S - 1) // C
-    if window is None:
-        return jnp.zeros_like(last_B), last_B
-    begin_B = jnp.min(position_BT, axis=1) - window + 1
-    return jnp.clip(begin_B, 0, last_B * C) // C, last_B
+    # `//` would ask which TPU it is, to round as Python does below zero.
+    last = jax.lax.div(jnp.maximum(last, 0), C)
+    return jnp.minimum(jax.lax.div(first, C), last), last
+
+
+def _attend_to_pages(
+    layer: Any,
+    position: Any,
+    first: Any,
+    last: Any,
+    table: Any,
+    *refs: Any,
+    P: int,
+    **options: Any,
+) -> None:
+    """`_attend`, where blocks are pages."""
+    _attend(layer, position, first, last, *refs, table=(table, P), **options)
 
 
 def _attend(
@@ -150,20 +180,32 @@ def _attend(
     T: int,
     C: int,
     score: Score,
+    table: tuple[Any, int] | None = None,
 ) -> None:
     """One step: scalars of all sequences, then blocks of one."""
     from jax.experimental import pallas as pl
 
     *scales, out, top, total, summed = refs
     b, j = pl.program_id(0), pl.program_id(1)
+    begin, end = _blocks(first[b], last[b], C)
 
-    @pl.when(j == first[b])
+    def only_seen(x: Any, axis: int, otherwise: float) -> Any:
+        """What some query of the sequence sees; of a contiguous cache, all."""
+        if table is None:
+            return x
+        page = table[0][b, j]
+        is_there = (page >= 0) & (page < table[1])
+        at = j * C + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+        is_seen = (at >= first[b]) & (at <= jnp.where(is_there, last[b], -1))
+        return jnp.where(is_seen, x, jnp.full((), otherwise, x.dtype))
+
+    @pl.when(j == begin)
     def _begin() -> None:
         top[...] = jnp.full(top.shape, MASKED, jnp.float32)
         total[...] = jnp.zeros(total.shape, jnp.float32)
         summed[...] = jnp.zeros(summed.shape, jnp.float32)
 
-    @pl.when((j >= first[b]) & (j <= last[b]))
+    @pl.when((j >= begin) & (j <= end))
     def _step() -> None:
         q_KRH = q[0]
         scores = _product(q_KRH, k[0, 0].astype(q_KRH.dtype), 2)
@@ -175,17 +217,21 @@ def _attend(
             scores = cap * jnp.tanh(scores / cap)
         visible = _visible(scores.shape, j * C, [position[b, t] for t in range(T)])
         scores = jnp.where(visible(score.window), scores, jnp.float32(MASKED))
+        scores = only_seen(scores, 2, MASKED)
         new_top = jnp.maximum(top[...], jnp.max(scores, axis=-1, keepdims=True))
         fade = jnp.exp(top[...] - new_top)
         weights = jnp.exp(scores - new_top)
         total[...] = total[...] * fade + jnp.sum(weights, axis=-1, keepdims=True)
+        values = v[0, 0].astype(q_KRH.dtype)
         if scales:
-            weights = weights * scales[1][0, 0][:, None, :]
-        part = _product(weights.astype(q_KRH.dtype), v[0, 0].astype(q_KRH.dtype), 1)
+            weights = weights * only_seen(scales[1][0, 0], 1, 0)[:, None, :]
+        else:
+            values = only_seen(values, 1, 0)
+        part = _product(weights.astype(q_KRH.dtype), values, 1)
         summed[...] = summed[...] * fade + part
         top[...] = new_top
 
-    @pl.when(j == last[b])
+    @pl.when(j == end)
     def _end() -> None:
         out[0] = (summed[...] / total[...]).astype(out.dtype)
 
@@ -214,20 +260,43 @@ def _visible(shape: tuple[int, ...], first: Any, positions: list[Any]) -> Any:
 
 
 def write_tokens(
-    cache: Arrays, new: Arrays, position_BT: jax.Array, layer: jax.Array
+    cache: Arrays,
+    new: Arrays,
+    position_BT: jax.Array,
+    layer: jax.Array,
+    *,
+    table_BM: jax.Array | None = None,
 ) -> Arrays:
-    """See `api.write_tokens`; one token of each sequence."""
+    """See `api.write_tokens`; one token of each sequence after another."""
+    for t in range(position_BT.shape[1]):
+        token = tuple(x[:, t : t + 1] for x in new)
+        cache = _write_one(cache, token, position_BT[:, t : t + 1], layer, table_BM)
+    return cache
+
+
+def _write_one(
+    cache: Arrays,
+    new: Arrays,
+    position_B1: jax.Array,
+    layer: jax.Array,
+    table_BM: jax.Array | None,
+) -> Arrays:
+    """Write one token of each sequence."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    B, S = position_BT.shape[0], cache[0].shape[3]
+    B, S = position_B1.shape[0], cache[0].shape[3]
+    row_B, slot_B = jnp.arange(B, dtype=jnp.int32), position_B1[:, 0].astype(jnp.int32)
+    if table_BM is not None:
+        row_B, slot_B, source_B = _pages_written(position_B1, table_BM, cache[0])
+        new = tuple(x[source_B] for x in new)
     heights = [
         _WRITTEN_ROWS[old.dtype.itemsize] if old.ndim == 5 else _LANES for old in cache
     ]
 
-    def at_slot(rows: int, ndim: int, b: Any, layer: Any, position: Any) -> Any:
-        block = _block_of(position[b], rows, S)
-        return (layer[0], b, 0, block) + (0,) * (ndim - 4)
+    def at_slot(rows: int, ndim: int, b: Any, layer: Any, row: Any, slot: Any) -> Any:
+        block = _block_of(slot[b], rows, S)
+        return (layer[0], row[b], 0, block) + (0,) * (ndim - 4)
 
     blocks = [
         pl.BlockSpec(
@@ -246,41 +315,60 @@ def write_tokens(
         functools.partial(_write, heights=tuple(heights), slots=S),
         out_shape=[jax.ShapeDtypeStruct(old.shape, old.dtype) for old in cache],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(B,),
             in_specs=[*token_blocks, *blocks],
             out_specs=blocks,
         ),
-        input_output_aliases={2 + len(new) + i: i for i in range(len(cache))},
+        input_output_aliases={3 + len(new) + i: i for i in range(len(cache))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         name="write_tokens",
         interpret=_is_interpreted(),
-    )(layer.reshape(1), position_BT[:, 0].astype(jnp.int32), *tokens, *cache)
+    )(layer.reshape(1), row_B, slot_B, *tokens, *cache)
     return tuple(written)
 
 
+def _pages_written(
+    position_B1: jax.Array, table_BM: jax.Array, k: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The page and the slot that each step writes, and which sequence's token.
+
+    A block fetched for a token without a page could be sent back over what another
+    step wrote in it. So such a step repeats the one before it, or the first that has a
+    page, whose block is then still there. Where none has one, page 0 stays as it is.
+    """
+    P, _, C = k.shape[1:4]
+    page_B1, slot_B1 = pages.places(position_B1, table_BM, P, C)
+    page_B, slot_B = page_B1[:, 0], slot_B1[:, 0]
+    has_page_B = page_B < P
+    row_B = jnp.arange(len(page_B), dtype=jnp.int32)
+    before_B = jax.lax.cummax(jnp.where(has_page_B, row_B, -1))
+    first = jnp.argmax(has_page_B).astype(jnp.int32)
+    source_B = jnp.where(before_B >= 0, before_B, first)
+    page_B, slot_B = page_B[source_B], slot_B[source_B]
+    return jnp.where(page_B < P, page_B, 0), jnp.where(page_B < P, slot_B, -1), source_B
+
+
 def _write(
-    layer: Any, position: Any, *refs: Any, heights: tuple[int, ...], slots: int
+    layer: Any, row: Any, slot_B: Any, *refs: Any, heights: tuple[int, ...], slots: int
 ) -> None:
     """Replace one row of each block, if it is the row of a token that has a place."""
     from jax.experimental import pallas as pl
 
     count = len(heights)
     tokens, old, out = refs[:count], refs[count : 2 * count], refs[2 * count :]
-    slot = position[pl.program_id(0)]
+    slot = slot_B[pl.program_id(0)]
     for rows, token, before, after in zip(heights, tokens, old, out, strict=True):
         shape = before.shape[2:]
         # A position outside the cache is that of no row of the block next to it.
         first = _block_of(slot, rows, slots) * rows
-        row = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        is_here = row == slot
+        at = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
         fresh = jnp.broadcast_to(token[0], shape)
-        after[0, 0] = jnp.where(is_here, fresh, before[0, 0])
+        after[0, 0] = jnp.where(at == slot, fresh, before[0, 0])
 
 
 def _block_of(slot: Any, rows: int, slots: int) -> Any:
     """The block that holds a slot, or the nearest there is."""
-    # `//` would ask which TPU it is, to round as Python does below zero.
     return jax.lax.div(jnp.clip(slot, 0, slots - 1), rows)
 
 

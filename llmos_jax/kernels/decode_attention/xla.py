@@ -1,7 +1,7 @@
 """Attention over a cache, and writing it, in plain XLA; anywhere.
 
 L layers, B sequences, T query tokens, S cache slots, N query heads, K key/value heads,
-G = N/K, H head size.
+G = N/K, H head size, P pages of C slots, M pages of a sequence at most.
 
 Integers are converted inside the products, which XLA fuses; scales of keys multiply
 scores, those of values weights. Many tokens at once (a prompt) go through `blocked`
@@ -15,9 +15,13 @@ import jax.numpy as jnp
 
 from llmos_jax.kernels.attention import blocked
 from llmos_jax.kernels.attention.reference import MASKED, Score, einsum
+from llmos_jax.kernels.decode_attention import pages
 from llmos_jax.kernels.decode_attention.reference import dequantized
 
 Arrays = tuple[jax.Array, ...]
+
+_FEW_TOKENS = 8
+"""Up to so many are scattered, not written page by page: a judgement."""
 
 
 def decode_attention(
@@ -69,9 +73,20 @@ def _weights(
 
 
 def write_tokens(
-    cache: Arrays, new: Arrays, position_BT: jax.Array, layer: jax.Array
+    cache: Arrays,
+    new: Arrays,
+    position_BT: jax.Array,
+    layer: jax.Array,
+    *,
+    table_BM: jax.Array | None = None,
 ) -> Arrays:
     """See `api.write_tokens`."""
+    if table_BM is not None:
+        write = _scatter if position_BT.shape[1] <= _FEW_TOKENS else _write_pages
+        return tuple(
+            write(old, tokens, position_BT, table_BM, layer)
+            for old, tokens in zip(cache, new, strict=True)
+        )
     if position_BT.shape[1] == 1:
         return tuple(
             _write_one(old, token, position_BT[:, 0], layer)
@@ -81,6 +96,60 @@ def write_tokens(
         _write_many(old, tokens, position_BT, layer)
         for old, tokens in zip(cache, new, strict=True)
     )
+
+
+def _scatter(
+    old: jax.Array,
+    tokens: jax.Array,
+    position_BT: jax.Array,
+    table_BM: jax.Array,
+    layer: jax.Array,
+) -> jax.Array:
+    """Tokens to their pages; what has no page lies outside, and is dropped."""
+    P, _, C = old.shape[1:4]
+    page_BT, slot_BT = pages.places(position_BT, table_BM, P, C)
+    return old.at[layer, page_BT, :, slot_BT].set(tokens, mode="drop")
+
+
+def _write_pages(
+    old: jax.Array,
+    tokens: jax.Array,
+    position_BT: jax.Array,
+    table_BM: jax.Array,
+    layer: jax.Array,
+) -> jax.Array:
+    """Many tokens, one page after another, in place, where a scatter for TPUs might
+    copy the cache. W pages of a sequence are written.
+
+    A page keeps what it has where no token goes; one that is not there keeps all, in
+    the place of another.
+    """
+    (B, T), M = position_BT.shape, table_BM.shape[1]
+    P, K, C = old.shape[1:4]
+    touched = min((T + C - 2) // C + 1, M)
+    first_B1 = position_BT[:, :1]
+    at_W, at_C = (jnp.arange(size, dtype=jnp.int32) for size in (touched, C))
+    m_BW = jnp.minimum(jnp.maximum(first_B1, 0) // C + at_W[None, :], M - 1)
+    place_BWC = m_BW[:, :, None] * C + at_C[None, None, :]
+    place_BS = place_BWC.reshape(B, touched * C)
+    t_BS = jnp.clip(place_BS - first_B1, 0, T - 1)
+    position_BT = pages.placed(position_BT, table_BM, P, C)
+    is_new_BS = jnp.take_along_axis(position_BT, t_BS, axis=1) == place_BS
+    rest = (1,) * (tokens.ndim - 2)
+    fresh = jnp.take_along_axis(tokens, t_BS.reshape(*t_BS.shape, *rest), axis=1)
+    fresh = fresh.reshape(B * touched, C, *tokens.shape[2:]).swapaxes(1, 2)
+    is_new = is_new_BS.reshape(B * touched, 1, C, *rest[1:])
+    page_BW = jnp.clip(jnp.take_along_axis(table_BM, m_BW, axis=1), 0, P - 1)
+    page_i = page_BW.reshape(-1)
+
+    def write(i: jax.Array, old: jax.Array) -> jax.Array:
+        zero = jnp.zeros((), jnp.int32)
+        corner = (layer, page_i[i], zero, zero) + (zero,) * (old.ndim - 4)
+        kept = jax.lax.dynamic_slice(old, corner, (1, 1, *old.shape[2:]))
+        made = jnp.where(is_new[i], fresh[i], kept[0, 0])
+        return jax.lax.dynamic_update_slice(old, made[None, None], corner)
+
+    return jax.lax.fori_loop(0, B * touched, write, old)
 
 
 def _write_one(
