@@ -84,7 +84,7 @@ class ServeSection:
     """Tokens that one step computes, at most: long prompts come in chunks of so many
     (`serve`)."""
     cache_gib: float | None = None
-    """Memory for keys and values on each device; None: on a CPU a quarter of what the
+    """Memory for keys and values on each device; None: on a CPU a tenth of what the
     weights and programs leave, elsewhere all of it; never more than the seats fill."""
     prefix_cache: bool = True
     """Prompts that begin alike share keys and values (`serve`)."""

@@ -170,6 +170,9 @@ class Scheduler:
         going = list(self._going(count, drafts))
         self._admit(now)
         chunks = list(self._chunks(sum(part.count for part in going)))
+        if chunks and count > 1:
+            # Who lost its pages just now may be back, with all of it to compute.
+            count, going = 1, [_one_draw(part) for part in going]
         parts = [part for part in (*going, *chunks) if self._is_masked(part, now)]
         going = [part for part in going if part in parts]
         chunks = [part for part in chunks if part in parts]
@@ -248,7 +251,7 @@ class Scheduler:
         self.running.remove(sequence)
         sequence.pages, sequence.seat = [], None
         sequence.sent = sequence.remembered = 0
-        sequence.is_going = False
+        sequence.is_going = sequence.has_begun = False
         sequence.digest = ROOT
 
     def _admit(self, now: float) -> None:
@@ -290,6 +293,26 @@ class Scheduler:
         self.running.append(sequence)
         self.running.sort(key=_rank)
 
+    def _look_again(self, sequence: Sequence) -> None:
+        """Find pages that others computed since it was seated, if nothing of it is."""
+        if sequence.has_begun or sequence.is_going:
+            return
+        digests = self._digests(sequence)
+        if len(digests) <= sequence.remembered:
+            return
+        found = self.pages.find(digests)
+        if len(found) <= sequence.remembered:
+            self.pages.let_go(found)
+            return
+        more = (len(found) - sequence.remembered) * self._size
+        self.pages.let_go(sequence.pages[: len(found)])
+        sequence.pages[: len(found)] = found
+        sequence.sent, sequence.remembered = len(found) * self._size, len(found)
+        sequence.digest = digests[len(found) - 1]
+        if sequence.preemptions == 0:
+            sequence.cached_tokens = sequence.sent
+            self.counters.prefix_hits += more
+
     @property
     def _size(self) -> int:
         return self.room.page_size
@@ -306,6 +329,8 @@ class Scheduler:
 
     def _chunks(self, others: int) -> Iterator[Part]:
         """The next tokens of prompts, first come first, as far as a step has room."""
+        for sequence in self.running:
+            self._look_again(sequence)
         most = left = self.room.step_tokens
         if self.room.is_ragged:
             wanted = sum(
@@ -371,6 +396,7 @@ class Scheduler:
             sequence.flying += 1
             sequence.drawing += part.draws
             sequence.is_going |= part.draws > 0
+            sequence.has_begun = True
             if part.tokens is None:
                 sequence.sent = part.start + part.draws
             else:
@@ -533,6 +559,10 @@ def _told(grammar: Grammar | None, token: int) -> str:
     except LlmosError as problem:
         return str(problem)
     return ""
+
+
+def _one_draw(part: Part) -> Part:
+    return part if part.tokens is not None else replace(part, draws=1)
 
 
 def _no_number(place: int) -> str:

@@ -27,6 +27,8 @@ class Sequence:
     sent: int = 0
     is_going: bool = False
     """Whether the device has the last of its tokens, or will draw it."""
+    has_begun: bool = False
+    """Whether any of its tokens were sent since it was seated."""
     drawing: int = 0
     """Tokens that were sent for and are not known yet, at most."""
     flying: int = 0

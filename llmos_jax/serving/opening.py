@@ -35,9 +35,9 @@ from llmos_jax.serving.programs import Programs
 from llmos_jax.serving.shapes import Shape, all_shapes, batch_sizes, chunk_sizes
 from llmos_jax.serving.steps import State
 
-CPU_SHARE = 0.25
+CPU_SHARE = 0.1
 """Of a CPU's free memory that pages take, where nobody says: other programs live there,
-too. A judgement."""
+too, and zeros are written before the doors open. A judgement."""
 
 
 class Placement(NamedTuple):

@@ -59,7 +59,7 @@ class EngineState:
     step_s: float = 0.0
     """Seconds from a step's dispatch (or the end of the one before) to its end."""
     host_s: float = 0.0
-    """Of these, seconds in which the device waited for the host."""
+    """Seconds between steps in which the device waited for the host."""
     predicted_s: float = 0.0
     """What the plan predicted for these steps; 0: nothing."""
     drafted_tokens: int = 0

@@ -125,6 +125,15 @@ def test_a_second_prompt_finds_the_pages_of_the_first() -> None:
     assert scheduler.counters.prefix_hits == 8
 
 
+def test_prompts_that_come_together_share_what_the_first_computes() -> None:
+    scheduler = Scheduler(ROOM)
+    requests = [request_of(name, [1, 2] * 8, 2) for name in "abc"]
+    clients = run_all(scheduler, *requests)
+    ends = [client.end for client in clients]
+    assert [end and end.cached_tokens for end in ends] == [0, 12, 12]
+    assert scheduler.counters.prefix_hits == 24
+
+
 def test_who_is_preempted_says_the_same() -> None:
     room = Room(
         seats=4,
