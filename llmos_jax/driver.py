@@ -8,14 +8,14 @@ imports the floors it needs when it is called, so that `plan` starts without Orb
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmos_jax import planner, resolve, rules
+from llmos_jax import planner, resolve, rules, service
 from llmos_jax.config import RunConfig
 from llmos_jax.errors import CheckpointError, DoesNotFit
-from llmos_jax.ir import Plan, Topology
+from llmos_jax.ir import Plan
 from llmos_jax.places import cache_folder
 from llmos_jax.resolve import (
     open_with_config,
@@ -28,13 +28,12 @@ from llmos_jax.resolve import (
 )
 
 if TYPE_CHECKING:
-    from llmos_jax.config.schema import ServeSection
     from llmos_jax.data import PreparedText, TokenFile
     from llmos_jax.interchange import OpenedModel
     from llmos_jax.lowering import Program
     from llmos_jax.models import Params, Skeleton
     from llmos_jax.server import ServerOptions
-    from llmos_jax.serving import Engine, Opened, Ready, Sampling
+    from llmos_jax.serving import Sampling
     from llmos_jax.training import Distance, Outcome, Session, Windows
 
 
@@ -294,116 +293,12 @@ def serve(
         opened, config = open_with_config(model, overrides)
         name = options.served_name or opened.skeleton.spec.name
         log(f"reading {model}")
-        ready = ready_to_serve(opened, config)
+        ready = service.make_ready(opened, config, plan)
         if not lowering.is_first_process():
             ready.follow()
             return {}
         engine = ready.engine(max_queue=max_queue)
         return server.run(engine, opened.tokenizer, name, options)
-
-
-@dataclass(frozen=True, slots=True)
-class Service:
-    """A model in place: what the first process leads, and the others follow."""
-
-    opened: Opened
-    ready: Ready
-    asked: ServeSection
-
-    def engine(self, *, max_queue: int | None = None) -> Engine:
-        """An engine that makes itself ready."""
-        from llmos_jax import serving
-
-        options = serving.Options(
-            max_queue=serving.MAX_QUEUE if max_queue is None else max_queue,
-            drafts=self.asked.drafts,
-            overlaps=self.asked.overlap,
-            keeps_prefixes=self.asked.prefix_cache,
-        )
-        return serving.open_engine(self.opened, self.ready, options)
-
-    def follow(self) -> None:
-        """Do as the first process does, until it ends."""
-        from llmos_jax import serving
-
-        self.ready.prepare(lambda: True)
-        serving.follow(self.ready.runner.send_words)
-
-
-def ready_to_serve(opened: OpenedModel, config: RunConfig) -> Service:
-    """A model and `[serve]` -> what is to be prepared, and then run.
-
-    On several devices the model is split as a plan for decoding says.
-    """
-    from llmos_jax import lowering, serving
-    from llmos_jax.telemetry import log, versions
-
-    asked, dtype = config.serve, config.train.compute_dtype
-    placed = _placed_model(opened, config)
-    folder = lowering.keep_compiled_programs() / "serving"
-    ready = serving.make_ready(
-        placed,
-        asked,
-        guesses=asked.drafts > 0,
-        identity=serving.identity_of(placed.spec, dtype, asked, versions()),
-        folder=folder if lowering.is_only_process() else None,
-        on_progress=log,
-    )
-    return Service(placed, ready, asked)
-
-
-def _placed_model(opened: OpenedModel, config: RunConfig) -> Opened:
-    """Read a model to where it runs: the one device here, or a mesh of all of them."""
-    import jax
-
-    from llmos_jax import lowering, models, serving
-
-    asked, dtype = config.serve, config.train.compute_dtype
-    topology = resolve_topology(config.topology)
-    kv_dtype = None if asked.kv_dtype == "bfloat16" else asked.kv_dtype
-    open_forward = partial(
-        serving.open_forward,
-        compute_dtype=dtype,
-        kv_dtype=kv_dtype,
-        rotate_keys=asked.rotate_keys,
-    )
-    spec = opened.skeleton.spec
-    if topology.num_devices == 1:
-        skeleton, params = _in_few_bits(opened, config, topology)
-        made = open_forward(skeleton, params)
-        return serving.Opened(skeleton.spec, *made, topology)
-    chosen = serving.with_repeated_heads(plan(resolve.to_serve(config)))
-    mesh = lowering.device_mesh(chosen, jax.devices())
-    skeleton = models.skeleton(chosen.params.spec or spec)
-    params = serving.repeated_params(
-        resolve.read_to_compute(opened, dtype), chosen.params
-    )
-    shardings = lowering.param_shardings(chosen, mesh)
-    params = {path: lowering.placed(x, shardings[path]) for path, x in params.items()}
-    made = open_forward(skeleton, params)
-    return serving.Opened(
-        skeleton.spec, *made, topology, serving.Placement(chosen, mesh)
-    )
-
-
-def _in_few_bits(
-    opened: OpenedModel, config: RunConfig, topology: Topology
-) -> tuple[Skeleton, Params]:
-    """Read a model, and round its weights if `serve.weight_dtype` asks for few bits
-    that it has not; `compress` does so with more care."""
-    from llmos_jax import compression, models
-    from llmos_jax.telemetry import log
-
-    spec = opened.skeleton.spec
-    wanted = served(spec, resolve.to_serve(config), topology)
-    if wanted.quantization == spec.quantization:
-        params = resolve.read_to_compute(opened, config.train.compute_dtype)
-        return opened.skeleton, params
-    assert wanted.quantization is not None
-    log(f"rounding the weights to {wanted.quantization.weights}")
-    how = compression.How(quantization=wanted.quantization)
-    made = compression.quantize(opened.skeleton, opened.params(dtype="float32"), how)
-    return models.skeleton(made.skeleton.spec), dict(made.params)
 
 
 Form = Literal["checkpoint", "hf", "gguf", "peft"]

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from llmos_jax.config.schema import ServeSection
-from llmos_jax.errors import ConfigError, DoesNotFit
+from llmos_jax.errors import ConfigError
 from llmos_jax.ir import ModelSpec, Plan, Topology
 from llmos_jax.kernels.target import Target, lowered_for
 from llmos_jax.lowering import MeshSharder, activation_spec, named, replicated
@@ -88,8 +88,8 @@ def make_ready(
         on_progress: told what takes long.
 
     Raises:
-        ConfigError: sizes that do not go together.
-        DoesNotFit: not even one sequence has room beside the weights.
+        ConfigError: sizes that do not go together, or not even one
+            sequence has room beside the weights.
     """
     make = functools.partial(_programs, opened, identity=identity, folder=folder)
     room = _with_pages(opened, asked, _room(opened, asked), make)
@@ -167,8 +167,19 @@ def _with_pages(
         left = free * (CPU_SHARE if _platform(opened) == "cpu" else 1.0)
     pages = min(int(left // page_bytes), room.seats * per_seat)
     if pages < per_seat:
-        raise DoesNotFit(opened.topology.name, per_seat * page_bytes, max(left, 0.0))
+        raise ConfigError(_no_room(room, page_bytes, left))
     return replace(room, pages=_rounded(pages))
+
+
+def _no_room(room: Room, page_bytes: float, left: float) -> str:
+    gib = 2.0**30
+    fits = max(0, int(left // page_bytes)) * room.page_size
+    return (
+        f"keys and values of one sequence of {room.context} tokens need "
+        f"{room.context / room.page_size * page_bytes / gib:.2f} GiB, and "
+        f"{max(left, 0.0) / gib:.2f} GiB are left for them. Set serve.context to "
+        f"{fits} at most, serve.kv_dtype=int8, or more memory by serve.cache_gib."
+    )
 
 
 def _free_bytes(opened: Opened, room: Room, make: Callable[[Room], Programs]) -> float:

@@ -173,6 +173,7 @@ def damage(folder) -> int:
     return len(files)
 
 
+@pytest.mark.slow
 def test_a_killed_server_starts_again_from_damaged_files(
     server, model, right, tmp_path, shared_cache
 ):

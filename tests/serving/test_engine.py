@@ -346,7 +346,7 @@ def test_sizes_that_do_not_go_together_are_refused(model: Model) -> None:
         ({"seats": 0}, "serve.seats is 0"),
         ({"seats": 64}, "serve.step_tokens is 16; it must be at least 64"),
         ({"step_tokens": 24}, "must be a power of two"),
-        ({"cache_gib": 1e-5}, "GiB"),
+        ({"cache_gib": 1e-5}, "GiB are left for them. Set serve.context to 0 at most"),
     ):
         with pytest.raises(LlmosError, match=message), engine_of(*model, **sizes):
             pass

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from engines import asked, engine_of, request_of
 
-from llmos_jax import driver, resolve
+from llmos_jax import driver, resolve, service
 from llmos_jax.scheduling import Sampling
 
 WARM = Sampling(temperature=0.8, seed=1)
@@ -30,7 +30,7 @@ def test_an_engine_says_on_a_mesh_what_it_says_on_one_device(small_run: Path) ->
     )
     with engine_of(opened.skeleton, opened.params(dtype="float32")) as alone:
         wanted = [one.tokens for one in asked(alone, REQUESTS)]
-    engine = driver.ready_to_serve(opened, config).engine()
+    engine = service.make_ready(opened, config, driver.plan).engine()
     try:
         engine.wait_until_ready()
         got = [one.tokens for one in asked(engine, REQUESTS)]

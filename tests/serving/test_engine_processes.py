@@ -16,13 +16,13 @@ SERVE = """
 import json, os, sys
 from pathlib import Path
 os.dup2(2, 1)  # gloo talks on stdout
-from llmos_jax import driver, lowering, resolve
+from llmos_jax import driver, lowering, resolve, service
 sys.path[:0] = [{here!r}]
 from engines import asked, request_of
 lowering.join_processes()
 with lowering.shared_fate():
     opened, config = resolve.open_with_config(sys.argv[1], sys.argv[3:])
-    ready = driver.ready_to_serve(opened, config)
+    ready = service.make_ready(opened, config, driver.plan)
     if lowering.is_first_process():
         engine = ready.engine()
         engine.wait_until_ready()

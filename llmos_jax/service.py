@@ -1,0 +1,133 @@
+"""A model and `[serve]` become a service: weights where they run, and an engine.
+
+On one device the model runs as it is, or rounded to few bits; on several it is split as
+a plan for decoding says. The first process leads, and the others follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from llmos_jax import resolve
+from llmos_jax.config import RunConfig
+from llmos_jax.config.schema import ServeSection
+from llmos_jax.ir import Plan, Topology
+
+if TYPE_CHECKING:
+    from llmos_jax.interchange import OpenedModel
+    from llmos_jax.models import Params, Skeleton
+    from llmos_jax.serving import Engine, Opened, Ready
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A model in place: what the first process leads, and the others follow."""
+
+    opened: Opened
+    ready: Ready
+    asked: ServeSection
+
+    def engine(self, *, max_queue: int | None = None) -> Engine:
+        """An engine that makes itself ready."""
+        from llmos_jax import serving
+
+        options = serving.Options(
+            max_queue=serving.MAX_QUEUE if max_queue is None else max_queue,
+            drafts=self.asked.drafts,
+            overlaps=self.asked.overlap,
+            keeps_prefixes=self.asked.prefix_cache,
+        )
+        return serving.open_engine(self.opened, self.ready, options)
+
+    def follow(self) -> None:
+        """Do as the first process does, until it ends."""
+        from llmos_jax import serving
+
+        self.ready.prepare(lambda: True)
+        serving.follow(self.ready.runner.send_words)
+
+
+def make_ready(
+    opened: OpenedModel, config: RunConfig, plan: Callable[[RunConfig], Plan]
+) -> Service:
+    """Put a model in place; its programs are still to be prepared.
+
+    Args:
+        opened: the model.
+        config: `[serve]`, the dtypes and pins.
+        plan: how a model is split over several devices.
+
+    Raises:
+        ConfigError: sizes or few bits that do not go with it, or too little memory.
+    """
+    from llmos_jax import lowering, serving
+    from llmos_jax.telemetry import log, versions
+
+    asked, dtype = config.serve, config.train.compute_dtype
+    placed = _placed(opened, config, plan)
+    folder = lowering.keep_compiled_programs() / "serving"
+    ready = serving.make_ready(
+        placed,
+        asked,
+        guesses=asked.drafts > 0,
+        identity=serving.identity_of(placed.spec, dtype, asked, versions()),
+        folder=folder if lowering.is_only_process() else None,
+        on_progress=log,
+    )
+    return Service(placed, ready, asked)
+
+
+def _placed(
+    opened: OpenedModel, config: RunConfig, plan: Callable[[RunConfig], Plan]
+) -> Opened:
+    """Read a model to where it runs: the one device here, or a mesh of all of them."""
+    import jax
+
+    from llmos_jax import lowering, models, serving
+
+    asked, dtype = config.serve, config.train.compute_dtype
+    topology = resolve.resolve_topology(config.topology)
+    kv_dtype = None if asked.kv_dtype == "bfloat16" else asked.kv_dtype
+    open_forward = partial(
+        serving.open_forward,
+        compute_dtype=dtype,
+        kv_dtype=kv_dtype,
+        rotate_keys=asked.rotate_keys,
+    )
+    skeleton, params = _in_few_bits(opened, config, topology)
+    if topology.num_devices == 1:
+        made = open_forward(skeleton, params)
+        return serving.Opened(skeleton.spec, *made, topology)
+    chosen = serving.with_repeated_heads(plan(resolve.to_serve(config)))
+    mesh = lowering.device_mesh(chosen, jax.devices())
+    shardings = lowering.param_shardings(chosen, mesh)
+    params = {
+        path: lowering.placed(x, shardings[path])
+        for path, x in serving.repeated_params(params, chosen.params).items()
+    }
+    wider = models.skeleton(chosen.params.spec or skeleton.spec)
+    made = open_forward(wider, params)
+    return serving.Opened(wider.spec, *made, topology, serving.Placement(chosen, mesh))
+
+
+def _in_few_bits(
+    opened: OpenedModel, config: RunConfig, topology: Topology
+) -> tuple[Skeleton, Params]:
+    """Read a model, and round its weights if `serve.weight_dtype` asks for few bits
+    that it has not; `compress` does so with more care."""
+    from llmos_jax import compression, models
+    from llmos_jax.telemetry import log
+
+    spec = opened.skeleton.spec
+    wanted = resolve.served(spec, resolve.to_serve(config), topology)
+    if wanted.quantization == spec.quantization:
+        params = resolve.read_to_compute(opened, config.train.compute_dtype)
+        return opened.skeleton, params
+    assert wanted.quantization is not None
+    log(f"rounding the weights to {wanted.quantization.weights}")
+    how = compression.How(quantization=wanted.quantization)
+    made = compression.quantize(opened.skeleton, opened.params(dtype="float32"), how)
+    return models.skeleton(made.skeleton.spec), dict(made.params)
