@@ -20,11 +20,12 @@ class Waiting:
     def __init__(self) -> None:
         self._lines: dict[str, list[Sequence]] = defaultdict(list)
         self._given: dict[str, float] = {}
+        self._count = 0  # of its own: other threads ask while lines come and go
         self.tokens = 0
         """Prompt tokens and longest answers of all who wait."""
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return self._count
 
     def __iter__(self) -> Iterator[Sequence]:
         for line in self._lines.values():
@@ -39,6 +40,7 @@ class Waiting:
         line = self._lines[tenant]
         line.append(sequence)
         line.sort(key=_rank)
+        self._count += 1
         self.tokens += _weight(sequence)
 
     def first(self) -> Sequence | None:
@@ -58,6 +60,7 @@ class Waiting:
         self._lines[tenant].remove(sequence)
         if not self._lines[tenant]:
             del self._lines[tenant]
+        self._count -= 1
         self.tokens -= _weight(sequence)
 
     def charge(self, tenant: str, tokens: int) -> None:

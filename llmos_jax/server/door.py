@@ -124,6 +124,10 @@ class Door:
         if visit.answers:
             line |= _tokens_of(visit.answers)
         log(json.dumps(line))
+        if self.room.traces is not None:
+            attributes = _attributes(line, self.room.model_name)
+            headers = Headers(scope=scope)
+            self.room.traces.ended(method, path, headers, seconds, attributes)
 
 
 def _tokens_of(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -136,6 +140,22 @@ def _tokens_of(answers: Sequence[Answer]) -> dict[str, Any]:
         "first_token_s": answers[0].first_token_s(),
         "finish": [choice.reason for one in answers for choice in one.choices],
     }
+
+
+def _attributes(line: dict[str, Any], model: str) -> dict[str, Any]:
+    """What a span says of a request, from its line in the log."""
+    names = {
+        "id": "gen_ai.request.id",
+        "status": "http.response.status_code",
+        "prompt_tokens": "gen_ai.usage.input_tokens",
+        "generated_tokens": "gen_ai.usage.output_tokens",
+        "first_token_s": "gen_ai.server.time_to_first_token",
+        "finish": "gen_ai.response.finish_reasons",
+    }
+    found = {name: line[key] for key, name in names.items() if line.get(key)}
+    if "finish" in line:  # who hung up has none
+        found[names["finish"]] = [str(one) for one in line["finish"] if one]
+    return {"gen_ai.request.model": model, **found}
 
 
 def room_of(http: HttpRequest) -> Room:

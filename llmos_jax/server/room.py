@@ -18,6 +18,7 @@ from llmos_jax.server.metrics import Metrics
 from llmos_jax.server.options import ServerOptions
 from llmos_jax.server.refusals import Refusal
 from llmos_jax.server.tools import ToolStyle
+from llmos_jax.server.traces import Traces
 from llmos_jax.server.words import TokenNames
 from llmos_jax.serving.state import EngineState, Limits
 
@@ -83,6 +84,7 @@ class Room:
         self.model_name = options.served_name or model_name
         self.options = options
         self.metrics = Metrics(self.model_name, engine.limits, engine.state)
+        self.traces = Traces.of_environment()
         self.created = int(time.time())
         self.is_draining = False
         self.open_requests = 0

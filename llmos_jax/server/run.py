@@ -79,6 +79,8 @@ async def _serve(app: Door, listener: socket.socket) -> dict[str, Any]:
     _beside(lambda: _warm_up(room))
     await _first(serving, told.wait())
     drained = await _drain(room, hurry)
+    if room.traces is not None:
+        await asyncio.to_thread(room.traces.close)
     server.should_exit = True
     server.force_exit = hurry.is_set()
     await serving
