@@ -310,5 +310,16 @@ def _platform(opened: Opened) -> str:
 
 
 def identity_of(*parts: object) -> str:
-    """What programs depend on, as one word."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    """What programs depend on, this package's own source among it, as one word."""
+    return hashlib.sha256(repr((parts, _source())).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _source() -> str:
+    """A digest of all that programs are traced from."""
+    digest = hashlib.sha256()
+    package = Path(__file__).resolve().parents[1]
+    for path in sorted(package.rglob("*")):
+        if path.suffix in (".py", ".cc", ".h", ".toml"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -10,6 +10,8 @@ from server_process import PATH, events_of, started, text_of, write_model
 from llmos_jax import driver
 from llmos_jax.serving import Sampling
 
+pytestmark = pytest.mark.slow  # its server compiles for half a minute
+
 PROMPTS = ["hello", "a", "The harbour at low tide smelled of rope. " * 8]
 GREEDY = {"temperature": 0, "max_tokens": 40}
 DRAWN = {"prompt": "hello", "temperature": 1, "max_tokens": 30, "seed": 7}

@@ -101,7 +101,7 @@ SAMPLINGS = [GREEDY, WARM] * (B // 2)
 @pytest.mark.parametrize(
     "mesh",
     [
-        {"data": 2, "tensor": 4},
+        pytest.param({"data": 2, "tensor": 4}, marks=pytest.mark.slow),
         pytest.param({"tensor": 8}, marks=pytest.mark.slow),
         pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
     ],
