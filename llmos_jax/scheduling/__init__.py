@@ -10,8 +10,9 @@ from llmos_jax.scheduling.request import (
     Request,
     Times,
 )
+from llmos_jax.scheduling.room import Room, doubling
 from llmos_jax.scheduling.sampling import MOST_BIASES, Sampling
-from llmos_jax.scheduling.scheduler import Counters, Room, Scheduler, doubling
+from llmos_jax.scheduling.scheduler import Counters, Scheduler
 from llmos_jax.scheduling.sequence import Sequence
 from llmos_jax.scheduling.variant import (
     DRAWN,

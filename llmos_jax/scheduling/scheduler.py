@@ -18,65 +18,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmos_jax.errors import LlmosError
+from llmos_jax.scheduling.answer import append, confirmed, no_number
 from llmos_jax.scheduling.lookup import guessed
 from llmos_jax.scheduling.pages import ROOT, Pages, digest_of, digests_of
 from llmos_jax.scheduling.request import (
     FinishReason,
-    Grammar,
     Hear,
     Progress,
     Request,
     Times,
 )
+from llmos_jax.scheduling.room import Room
 from llmos_jax.scheduling.sequence import Sequence
 from llmos_jax.scheduling.variant import FULL, variant_of
 from llmos_jax.scheduling.waiting import Waiting
-from llmos_jax.scheduling.work import NO_TOKEN, NOT_A_NUMBER, Drawn, Part, Work
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """Sizes that the scheduler fills; those of the programs."""
-
-    seats: int
-    pages: int
-    page_size: int
-    context: int
-    """Tokens of a sequence, at most; a seat has pages for all of them."""
-    step_tokens: int
-    """Tokens of a step, at most."""
-    vocab_size: int
-    is_ragged: bool
-    """Whether a step takes tokens of many sequences, as they come; else it takes a
-    chunk of one prompt, or a token of each."""
-
-    @property
-    def step_sizes(self) -> list[int]:
-        """Tokens that a ragged step may have room for: there is a program for each."""
-        return doubling(min(_SMALLEST_STEP, self.step_tokens), self.step_tokens)
-
-    def well_filled(self, wanted: int) -> int:
-        """Tokens to take of so many: as many as there are, or, where a program would be
-        rather empty, what fills a smaller one."""
-        sizes = self.step_sizes
-        size = next((size for size in sizes if size >= wanted), sizes[-1])
-        smaller = [one for one in sizes if one < size]
-        is_empty = smaller and wanted < _WELL_FILLED * size
-        return smaller[-1] if is_empty else min(wanted, size)
-
-
-def doubling(first: int, last: int, by: int = 2) -> list[int]:
-    """From `first` to `last`, each `by` times the one before."""
-    sizes, size = [], first
-    while size < last:
-        sizes.append(size)
-        size *= by
-    return [*sizes, last]
-
-
-_SMALLEST_STEP = 8
-_WELL_FILLED = 0.75
-"""Of a program's rows: a judgement; emptier ones are more work than one step more."""
+from llmos_jax.scheduling.work import Drawn, Part, Work
 
 
 @dataclass(slots=True)
@@ -431,13 +387,13 @@ class Scheduler:
 
     def _take_tokens(self, part: Part, drawn: Drawn, now: float) -> None:
         sequence, request = part.sequence, part.sequence.request
-        tokens = _confirmed(part, drawn.tokens)
+        tokens = confirmed(part, drawn.tokens)
         if part.tokens is not None and part.draws > 1:
             self.counters.accepted_tokens += len(tokens) - 1
             if sequence.seat is not None:
                 sequence.sent = part.start + len(tokens)
         before = len(sequence.tokens)
-        reason, problem = _append(sequence, tokens)
+        reason, problem = append(sequence, tokens)
         new = tuple(sequence.tokens[before:])
         if sequence.first_token is None:
             sequence.first_token = now
@@ -461,7 +417,7 @@ class Scheduler:
         if sequence.flying or sequence.to_prefill:
             return
         if not np.isfinite(total).all():
-            self._end(sequence, "failed", now, problem=_no_number(sequence.sent))
+            self._end(sequence, "failed", now, problem=no_number(sequence.sent))
             return
         mean = total / np.float32(sequence.prompt_tokens)
         self._end(sequence, "stop", now, last=Progress(embedding=mean))
@@ -519,57 +475,8 @@ class Scheduler:
         assert len(self._by_id) == len(self.running) + len(self.waiting)
 
 
-def _confirmed(part: Part, drawn: tuple[int, ...]) -> tuple[int, ...]:
-    """What was drawn, up to and with the first token that was guessed otherwise."""
-    if part.tokens is None or part.draws <= 1:
-        return drawn
-    guess = part.tokens[1:]
-    for index, token in enumerate(guess):
-        if drawn[index] != token:
-            return drawn[: index + 1]
-    return drawn
-
-
-def _append(
-    sequence: Sequence, tokens: tuple[int, ...]
-) -> tuple[FinishReason | None, str]:
-    """Let a sequence grow, up to its end; return why it ended, and what was wrong."""
-    request = sequence.request
-    for token in tokens:
-        if token == NO_TOKEN:
-            break
-        if token == NOT_A_NUMBER:
-            return "failed", _no_number(len(sequence.tokens))
-        if token in request.stop_ids:
-            return "stop", ""
-        sequence.tokens.append(token)
-        problem = _told(request.grammar, token)
-        if problem:
-            return "failed", problem
-        if len(sequence.tokens) == sequence.limit:
-            return "length", ""
-    return None, ""
-
-
-def _told(grammar: Grammar | None, token: int) -> str:
-    """Let a grammar go on by a token; return what it cannot bear."""
-    try:
-        if grammar is not None:
-            grammar.take(token)
-    except LlmosError as problem:
-        return str(problem)
-    return ""
-
-
 def _one_draw(part: Part) -> Part:
     return part if part.tokens is not None else replace(part, draws=1)
-
-
-def _no_number(place: int) -> str:
-    return (
-        f"the model's numbers for token {place} are not finite (NaN or infinity): its "
-        "weights are damaged, or too large for the dtype it computes in"
-    )
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
