@@ -54,11 +54,6 @@ class Sequence:
         return len(self.request.prompt)
 
     @property
-    def generated(self) -> int:
-        """Tokens of the answer that are known."""
-        return len(self.tokens) - self.prompt_tokens
-
-    @property
     def is_ended(self) -> bool:
         """Whether nothing more is to be done for it."""
         return self.reason is not None

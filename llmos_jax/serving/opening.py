@@ -111,14 +111,25 @@ def make_ready(
 
 def open_engine(opened: Opened, ready: Ready, options: Options) -> Engine:
     """Return an engine that prepares itself, and then serves."""
-    bandwidth = opened.topology.chip.hbm_bytes_per_s
+    bandwidth = opened.topology.chip.hbm_bytes_per_s * _devices(opened)
+    bytes_of = _bytes_of(opened, ready.room)
+    flops_per_s = opened.topology.peak_flops_per_s("float32") * _devices(opened)
+
+    def predict_step_s(work: Work) -> float:
+        """By the roofline of the plan's machine: memory, or 2 N FLOPs a token."""
+        steps = work.steps if work.kind == "decode" else 1
+        tokens = steps * sum(part.count for part in work.parts)
+        flops = 2.0 * opened.spec.num_params * tokens
+        return max(bytes_of(work) / bandwidth, flops / flops_per_s)
+
     return Engine(
         ready.runner,
         ready.room,
         options,
         prepare=ready.prepare,
-        bytes_of=_bytes_of(opened, ready.room),
-        planned_bandwidth=bandwidth * _devices(opened),
+        predict_step_s=predict_step_s,
+        bytes_of=bytes_of,
+        planned_bandwidth=bandwidth,
     )
 
 

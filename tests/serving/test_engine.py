@@ -120,6 +120,15 @@ def test_answers_are_the_same_where_pages_run_out(model: Model) -> None:
     assert [one.tokens for one in together] == wanted
 
 
+def test_steps_are_predicted_and_measured(engine: Engine) -> None:
+    before = engine.state()
+    asked(engine, [request_of("a", prompt_of(2), 9)])
+    after = engine.state()
+    assert after.steps - before.steps >= 9
+    assert after.step_s > before.step_s and after.predicted_s > before.predicted_s
+    assert after.bandwidth > 0 and after.planned_bandwidth > 0
+
+
 def test_a_prompt_that_began_before_is_found(engine: Engine) -> None:
     prompt = np.arange(100) % 251
     first, second = (asked(engine, [request_of(n, prompt)])[0] for n in "ab")
