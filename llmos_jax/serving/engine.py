@@ -14,12 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 from llmos_jax.errors import ConfigError, Overloaded, ServeError, Stopping
 from llmos_jax.scheduling import (
     MOST_ALTERNATIVES,
     Hear,
+    Progress,
     Request,
     Room,
     Scheduler,
@@ -94,7 +96,7 @@ class Engine:
         self._runner, self._options = runner, options
         self._scheduler = Scheduler(room, keeps_prefixes=options.keeps_prefixes)
         self._rates = Rates(predict_step_s, bytes_of, planned_bandwidth)
-        self._inbox: deque[tuple[Literal["add", "cancel"], object, object]] = deque()
+        self._inbox: deque[Callable[[float], None]] = deque()
         self._ids: set[str] = set()
         self._queued = 0
         self._queued_tokens = 0
@@ -131,13 +133,13 @@ class Engine:
             self._ids.add(request.id)
             self._queued += 1
             self._queued_tokens += asked
-            self._inbox.append(("add", request, hear))
+            self._inbox.append(partial(self._add, request, hear))
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
         """End a request, if it has not ended."""
         with self._wake:
-            self._inbox.append(("cancel", request_id, None))
+            self._inbox.append(partial(self._scheduler.cancel, request_id))
             self._wake.notify()
 
     def state(self) -> EngineState:
@@ -263,8 +265,7 @@ class Engine:
         flying: deque[Sent] = deque()
         while self._go_on(is_busy=bool(flying)):
             self._take_in()
-            waits = self._must_wait()
-            while flying and waits:
+            while flying and self._drafts():  # guesses follow what is known
                 self._read(flying)
             works = self._scheduler.plan(
                 time.monotonic(), steps=self._steps(), drafts=self._drafts()
@@ -272,8 +273,8 @@ class Engine:
             sent = [self._runner.send(work) for work in works]
             while flying:
                 self._read(flying)
-            for one in sent:
-                self._rates.sent(one.work)
+            for _ in sent:
+                self._rates.sent()
             flying.extend(sent)
             if not self._options.overlaps:
                 while flying:
@@ -295,35 +296,22 @@ class Engine:
 
     def _take_in(self) -> None:
         now = time.monotonic()
-        while True:
-            with self._wake:
-                if not self._inbox:
-                    return
-                kind, what, hear = self._inbox.popleft()
-                if kind == "add":
-                    assert isinstance(what, Request)
-                    self._queued -= 1
-                    self._queued_tokens -= len(what.prompt) + what.max_tokens
-            if kind == "add":
-                self._scheduler.add(what, self._hearing(what, hear), now)  # type: ignore[arg-type]
-            else:
-                self._scheduler.cancel(str(what), now)
+        while self._inbox:
+            self._inbox.popleft()(now)
 
-    def _hearing(self, request: Request, hear: Hear) -> Hear:
-        """What is told, with the id free again at the end."""
+    def _add(self, request: Request, hear: Hear, now: float) -> None:
+        with self._wake:
+            self._queued -= 1
+            self._queued_tokens -= len(request.prompt) + request.max_tokens
 
-        def told(progress: object) -> None:
-            if progress.reason is not None:  # type: ignore[attr-defined]
+        def told(progress: Progress) -> None:
+            if progress.reason is not None:
                 with self._wake:
                     self._ids.discard(request.id)
                     self._wake.notify_all()
-            hear(progress)  # type: ignore[arg-type]
+            hear(progress)
 
-        return told
-
-    def _must_wait(self) -> bool:
-        """Whether what was sent must be known before more is."""
-        return self._drafts() > 0
+        self._scheduler.add(request, told, now)
 
     def _drafts(self) -> int:
         """Tokens that each may guess: there are as many draws as seats."""

@@ -55,7 +55,7 @@ class Rates:
         self.step_s = 0.0
         """Of one decode step, a running mean; 0: not known."""
 
-    def sent(self, work: Work) -> None:
+    def sent(self) -> None:
         """A work was sent."""
         self._sent.append(time.monotonic())
 
