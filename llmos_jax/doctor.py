@@ -1,6 +1,7 @@
 """python -m llmos_jax.doctor [MODEL]: say what is here, what works, what is missing.
 
-With a run folder or checkpoint, also say what it holds.
+With a run folder or checkpoint, also say what it holds, and hold every file of it
+against its checksum: exit code 1 if one is damaged.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.overrides:
             raise ConfigError("doctor reads no config; leave --set out.")
         report = driver.doctor(arguments.model)
-        return Answer(text=render.doctor(report), json=report)
+        return Answer(
+            text=render.doctor(report), json=report, failure=render.damage(report)
+        )
 
     return run_verb(parser, argv, answer)
 

@@ -8,11 +8,12 @@ imports the floors it needs when it is called, so that `plan` starts without Orb
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmos_jax import planner, resolve, rules, service
+from llmos_jax import bundling, planner, resolve, rules, service
 from llmos_jax.config import RunConfig
 from llmos_jax.errors import CheckpointError, DoesNotFit
 from llmos_jax.ir import Plan
@@ -28,12 +29,13 @@ from llmos_jax.resolve import (
 )
 
 if TYPE_CHECKING:
-    from llmos_jax.data import PreparedText, TokenFile
+    from llmos_jax.data import PreparedText, TokenStream
     from llmos_jax.interchange import OpenedModel
     from llmos_jax.lowering import Program
     from llmos_jax.models import Params, Skeleton
     from llmos_jax.server import ServerOptions
     from llmos_jax.serving import Sampling
+    from llmos_jax.telemetry import Heartbeat
     from llmos_jax.training import Distance, Outcome, Session, Windows
 
 
@@ -148,28 +150,65 @@ def _served(wanted: Plan, config: RunConfig, mesh: Any) -> Program:
     return fixed(wanted, config, mesh)
 
 
-def train(config: RunConfig) -> dict[str, Any]:
-    """Config -> checkpoints, metrics and a report in `run.dir`; returns report.json."""
+def prepare(config: RunConfig) -> dict[str, Any]:
+    """Text -> a corpus in `prepare.out`: clean, no duplicates, in shards of tokens.
+
+    The tokenizer is the one that `train` would take for `model`. A killed run goes on
+    with what is done; a finished folder is left as it is.
+    """
+    from llmos_jax import corpus, models
+    from llmos_jax.telemetry import log
+
+    skeleton = models.skeleton(resolve.trainable(spec_of(config)))
+    origin = origin_of(config)
+    return corpus.make_corpus(
+        config,
+        own=None if origin is None else origin.tokenizer,
+        vocab_size=skeleton.spec.vocab_size,
+        model_name=skeleton.spec.name,
+        say=log,
+    )
+
+
+def train(
+    config: RunConfig,
+    *,
+    began: float | None = None,
+    heartbeat: Heartbeat | None = None,
+) -> dict[str, Any]:
+    """Config -> checkpoints, metrics and a report in `run.dir`; returns report.json.
+
+    Args:
+        config: the run.
+        began: when this process was started, as `time.time()`; None: now.
+        heartbeat: of a process that a supervisor watches.
+    """
     from llmos_jax import lowering
 
     lowering.join_processes()
     lowering.keep_compiled_programs()
-    with lowering.shared_fate():
-        return _train(config)
+    with lowering.shared_fate(), ExitStack() as holds:
+        return _train(config, began, heartbeat, holds)
 
 
-def _train(config: RunConfig) -> dict[str, Any]:
+def _train(
+    asked: RunConfig,
+    began: float | None,
+    heartbeat: Heartbeat | None,
+    holds: ExitStack,
+) -> dict[str, Any]:
     from llmos_jax import data, lowering, models, training
-    from llmos_jax.telemetry import log
+    from llmos_jax.telemetry import Ledger, log
 
     is_first = lowering.is_first_process()
     say = partial(log, enabled=is_first)
 
+    config = training.refit(asked, may_drop=heartbeat is not None, say=say)
     skeleton = models.skeleton(resolve.trainable(spec_of(config)))
     origin = origin_of(config)
     chosen = plan(config)
     say(chosen.explain())
-    folder = training.open_folder(config)
+    folder = holds.enter_context(training.open_folder(config))
     folder.check_model(skeleton.spec)
     folder.check_replicas(training.local_replicas(chosen))
     finished = folder.finished_report(config.train.steps)
@@ -177,7 +216,13 @@ def _train(config: RunConfig) -> dict[str, Any]:
         say(f"{folder.path} is finished: {folder.resume_step} steps, nothing to do.")
         return finished
     if is_first:
-        folder.record(config, plan_document(chosen))
+        folder.record(asked, plan_document(chosen))
+    account = folder.path / "goodput.jsonl" if is_first else None
+    ledger = Ledger(account, heartbeat=heartbeat, began=began)
+
+    def tell(line: str) -> None:
+        ledger.beat()
+        say(line)
 
     text = data.prepare(
         config.data,
@@ -185,24 +230,38 @@ def _train(config: RunConfig) -> dict[str, Any]:
         vocab_size=skeleton.spec.vocab_size,
         model_name=skeleton.spec.name,
         cache=cache_folder(),
-        on_progress=say,
+        on_progress=tell,
     )
-    if text.train.is_chat:
+    if text.train.is_chat or config.data.packing == "best_fit":
         say(data.packing_text(text.train, config.batch.seq_len))
     session = training.open_session(
         skeleton, chosen, config, is_chat=text.train.is_chat
     )
     outcome = training.conduct(
-        session, text, folder, origin=origin, say=say, is_first=is_first
+        session,
+        text,
+        folder,
+        origin=origin,
+        say=say,
+        is_first=is_first,
+        ledger=ledger,
     )
     score = None
     samples: list[tuple[str, str]] = []
     if outcome.reason != "signal":
-        score = session.score(outcome.state.params, text.validation, None)
+        with ledger.during("evaluating"):
+            score = session.score(
+                outcome.state.params, text.validation, None, ledger.beat
+            )
+        ledger.enter("stopping")
         samples = _samples(session, text, outcome)
-    if not is_first:
-        return {}
-    return training.summarise(session, text, folder, outcome, score, samples)
+    report = {}
+    if is_first:
+        report = training.summarise(
+            session, text, folder, outcome, score, samples, ledger.goodput()
+        )
+    ledger.close(outcome.reason)
+    return report
 
 
 def generate(
@@ -299,6 +358,27 @@ def serve(
             return {}
         engine = ready.engine(max_queue=max_queue)
         return server.run(engine, opened.tokenizer, name, options)
+
+
+def export(
+    model: str,
+    out: str,
+    overrides: Sequence[str] = (),
+    *,
+    form: Literal["bundle", "hf", "gguf"] = "bundle",
+) -> dict[str, Any]:
+    """Model -> a Bundle to be served, or what other programs read.
+
+    Args:
+        model: whatever has weights; `lora.adapter` may lie over it.
+        out: a new folder, or a GGUF file.
+        overrides: config keys, those of `[serve]` and `[export]` among them.
+        form: of `out`.
+    """
+    if form != "bundle":
+        return convert(model, out, overrides, form=form)
+    opened, config = open_with_config(model, overrides)
+    return bundling.make_bundle(opened, config, out, plan, plan_document)
 
 
 Form = Literal["checkpoint", "hf", "gguf", "peft"]
@@ -581,7 +661,7 @@ def _distance_to(
     source: OpenedModel,
     skeleton: Skeleton,
     params: Params,
-    text: TokenFile,
+    text: TokenStream,
     chosen: Plan,
     config: RunConfig,
 ) -> Distance:
@@ -613,7 +693,7 @@ def _windows(opened: OpenedModel, config: RunConfig) -> Windows:
     return training.Windows(
         stride=config.evaluate.stride,
         begin_id=tokenizer.begin_id if tokenizer.marks.adds_bos else None,
-        document_mask=config.data.document_mask,
+        document_mask=config.data.is_masked,
     )
 
 
@@ -636,7 +716,9 @@ def doctor(model: str | None) -> dict[str, Any]:
     }
     if model is not None:
         report["checkpoint"] = resolve.inspect(model)
-    report["ok"] = all(check["status"] != "fail" for check in report["checks"])
+    damaged = report.get("checkpoint", {}).get("damaged")
+    checks = all(check["status"] != "fail" for check in report["checks"])
+    report["ok"] = checks and not damaged
     return report
 
 

@@ -12,6 +12,8 @@ LlmosError                     exit 1
 │   └── PlanMismatch           exit 1  a checkpoint of another model or other replicas
 ├── TrainingError              exit 1  the run itself: NaN loss, no disk space
 ├── CompressError              exit 1  a smaller model that is too far from its source
+├── StoreError                 exit 1  an object store that does not answer, or refuses
+├── BundleError                exit 1  a Bundle missing, damaged or foreign
 └── ServeError                 exit 1  the engine cannot serve, or go on
     ├── Overloaded             exit 1  too much waits already; when to ask again
     └── Stopping               exit 1  the engine takes no more requests
@@ -96,6 +98,14 @@ class TrainingError(LlmosError):
 
 class CompressError(LlmosError):
     """A smaller model is further from its source than was allowed."""
+
+
+class StoreError(LlmosError):
+    """An object store (s3://, gs://) does not answer, refuses, or lacks an object."""
+
+
+class BundleError(LlmosError):
+    """A Bundle could not be read or written."""
 
 
 class ServeError(LlmosError):

@@ -12,6 +12,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
+
 from llmos_jax import hardware
 from llmos_jax.config import (
     BatchSection,
@@ -25,7 +27,16 @@ from llmos_jax.config import (
     override_config,
 )
 from llmos_jax.errors import ConfigError
-from llmos_jax.ir import Lora, ModelSpec, Pins, Plan, Quantization, Topology, Workload
+from llmos_jax.ir import (
+    Lora,
+    ModelSpec,
+    Pins,
+    Plan,
+    Quantization,
+    Topology,
+    Workload,
+    fingerprint_of,
+)
 
 if TYPE_CHECKING:
     from llmos_jax.interchange import OpenedModel
@@ -33,26 +44,59 @@ if TYPE_CHECKING:
 
 
 def open_model(name: str) -> OpenedModel:
-    """Open what has weights: a run folder, a checkpoint, a Hugging Face folder, a GGUF
-    file.
+    """Open what has weights: a run folder, a checkpoint, a Bundle, a Hugging Face
+    folder, a GGUF file.
 
     Raises:
         CheckpointError: nothing there, or damaged.
+        BundleError: a Bundle that is damaged.
     """
-    from llmos_jax import checkpoint, interchange
+    from llmos_jax import bundle, interchange
 
+    if bundle.is_bundle(name):
+        return bundle.open_bundle(name)
     if interchange.is_foreign(name):
         return interchange.open_archive(name)
+    from llmos_jax import checkpoint  # Orbax takes a second to import
+
     return checkpoint.open_checkpoint(name)
 
 
 def inspect(name: str) -> dict[str, Any]:
     """What a model with weights holds, as plain figures."""
-    from llmos_jax import checkpoint, interchange
+    from llmos_jax import bundle, checkpoint, interchange
 
+    if bundle.is_bundle(name):
+        return bundle.inspect(name)
     if interchange.is_foreign(name):
         return interchange.inspect(name)
     return checkpoint.inspect(name)
+
+
+def lineage(name: str) -> dict[str, Any]:
+    """What a model is, for those that are made of it: a fingerprint, not its bytes.
+
+    Of a checkpoint, its manifest's; of a Bundle, its page's, which has a SHA-256 of
+    every file; of foreign models, one of their config, tensors and sizes.
+    """
+    from llmos_jax import bundle, checkpoint, interchange
+
+    path = str(Path(name).expanduser().absolute())
+    if bundle.is_bundle(name):
+        page = bundle.open_bundle(name).page
+        return {"bundle": path, "fingerprint": page.fingerprint} | {
+            "parent": page.provenance.get("parent")
+        }
+    if interchange.is_foreign(name):
+        archive = interchange.open_archive(name).archive
+        tensors = {key: repr(facts) for key, facts in archive.tensors.items()}
+        return {"model": path, "fingerprint": fingerprint_of([archive.config, tensors])}
+    found = checkpoint.find_checkpoint(name)
+    manifest = found.store.manifest(found.step)
+    return {"checkpoint": path, "step": found.step} | {
+        "fingerprint": manifest.fingerprint,
+        "made_by": manifest.made_by,
+    }
 
 
 def read_to_compute(
@@ -150,8 +194,10 @@ def resolve_model(name: str) -> ModelSpec:
     """What a model is: see the module."""
     if not has_weights(name):
         return load_model(name)
-    from llmos_jax import interchange
+    from llmos_jax import bundle, interchange
 
+    if bundle.is_bundle(name):
+        return bundle.open_bundle(name).page.model
     if interchange.is_foreign(name):
         return interchange.foreign_spec(name)
     from llmos_jax.checkpoint import find_checkpoint
@@ -383,10 +429,11 @@ def config_of(opened: OpenedModel, model: str, overrides: Sequence[str]) -> RunC
     """The config of a checkpoint's run, freed of what only training needs.
 
     The devices here may be others than the run had, so its batch, mesh, topology and
-    way of agreeing go; overrides may set them again. What has no run has the defaults,
-    but computes in float32 on a CPU, which has nothing faster.
+    way of agreeing go; overrides may set them again. A Bundle says itself how it is to
+    be served. What else has no run has the defaults, but computes in float32 on a CPU,
+    which has nothing faster.
     """
-    from llmos_jax import lowering
+    from llmos_jax import bundle, lowering
 
     source = None if opened.config_path is None else str(opened.config_path)
     pins = [f"model={model}"]
@@ -402,7 +449,13 @@ def config_of(opened: OpenedModel, model: str, overrides: Sequence[str]) -> RunC
             seq_len=min(kept.batch.seq_len, spec.max_seq_len), global_=8 * devices
         ),
     )
-    if source is None and lowering.local_topology().chip.vendor == "cpu":
+    if isinstance(opened, bundle.OpenedBundle):
+        freed = replace(
+            freed,
+            serve=msgspec.convert(opened.page.serve, ServeSection),
+            train=replace(freed.train, compute_dtype=opened.page.compute_dtype),
+        )
+    elif source is None and lowering.local_topology().chip.vendor == "cpu":
         freed = replace(freed, train=replace(freed.train, compute_dtype="float32"))
     return override_config(freed, overrides)
 

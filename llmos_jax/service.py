@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmos_jax import resolve
@@ -17,6 +18,7 @@ from llmos_jax.config.schema import ServeSection
 from llmos_jax.ir import Plan, Topology
 
 if TYPE_CHECKING:
+    from llmos_jax.bundle import OpenedMachine
     from llmos_jax.interchange import OpenedModel
     from llmos_jax.models import Params, Skeleton
     from llmos_jax.serving import Engine, Opened, Ready
@@ -51,7 +53,11 @@ class Service:
 
 
 def make_ready(
-    opened: OpenedModel, config: RunConfig, plan: Callable[[RunConfig], Plan]
+    opened: OpenedModel,
+    config: RunConfig,
+    plan: Callable[[RunConfig], Plan],
+    *,
+    folder: Path | None = None,
 ) -> Service:
     """Put a model in place; its programs are still to be prepared.
 
@@ -59,29 +65,65 @@ def make_ready(
         opened: the model.
         config: `[serve]`, the dtypes and pins.
         plan: how a model is split over several devices.
+        folder: where compiled programs are kept, and none is looked for; None: in the
+            cache.
 
     Raises:
         ConfigError: sizes or few bits that do not go with it, or too little memory.
+        BundleError: a Bundle whose files were altered.
     """
     from llmos_jax import lowering, serving
-    from llmos_jax.telemetry import log, versions
+    from llmos_jax.telemetry import log
 
-    asked, dtype = config.serve, config.train.compute_dtype
-    placed = _placed(opened, config, plan)
-    folder = lowering.keep_compiled_programs() / "serving"
+    asked, identity = config.serve, identity_of(opened, config)
+    kept = lowering.keep_compiled_programs() / "serving"
+    machine = None if folder else _machine_of(opened, identity)
+    placed = _placed(opened, config, plan, machine)
     ready = serving.make_ready(
         placed,
         asked,
         guesses=asked.drafts > 0,
-        identity=serving.identity_of(placed.spec, dtype, asked, versions()),
-        folder=folder if lowering.is_only_process() else None,
+        identity=identity,
+        folder=(folder or kept) if lowering.is_only_process() else None,
+        ready_made=machine and serving.ReadyMade(machine.folder, machine.page.pages),
         on_progress=log,
     )
     return Service(placed, ready, asked)
 
 
+def identity_of(opened: OpenedModel, config: RunConfig) -> str:
+    """All that compiled programs depend on beside their shapes, as one word."""
+    import jax
+
+    from llmos_jax import lowering, serving
+    from llmos_jax.telemetry import versions
+
+    return serving.identity_of(
+        *(opened.skeleton.spec, config.train.compute_dtype, config.serve, config.plan),
+        *(versions(), lowering.cpu_name(), jax.devices()[0].device_kind),
+        jax.device_count(),
+    )
+
+
+def _machine_of(opened: OpenedModel, identity: str) -> OpenedMachine | None:
+    """What a Bundle brought for this machine."""
+    from llmos_jax import bundle
+    from llmos_jax.telemetry import log
+
+    if not isinstance(opened, bundle.OpenedBundle):
+        return None
+    found = opened.machine(identity)
+    if isinstance(found, bundle.OpenedMachine):
+        return found
+    log(f"the Bundle's compiled programs cannot be used: {found}")
+    return None
+
+
 def _placed(
-    opened: OpenedModel, config: RunConfig, plan: Callable[[RunConfig], Plan]
+    opened: OpenedModel,
+    config: RunConfig,
+    plan: Callable[[RunConfig], Plan],
+    machine: OpenedMachine | None,
 ) -> Opened:
     """Read a model to where it runs: the one device here, or a mesh of all of them."""
     import jax
@@ -97,7 +139,11 @@ def _placed(
         kv_dtype=kv_dtype,
         rotate_keys=asked.rotate_keys,
     )
-    skeleton, params = _in_few_bits(opened, config, topology)
+    laid_out = None if machine is None else machine.weights()
+    if laid_out is not None:
+        made = open_forward(opened.skeleton, laid_out, is_laid_out=True)
+        return serving.Opened(opened.skeleton.spec, *made, topology)
+    skeleton, params = in_few_bits(opened, config, topology)
     if topology.num_devices == 1:
         made = open_forward(skeleton, params)
         return serving.Opened(skeleton.spec, *made, topology)
@@ -113,7 +159,7 @@ def _placed(
     return serving.Opened(wider.spec, *made, topology, serving.Placement(chosen, mesh))
 
 
-def _in_few_bits(
+def in_few_bits(
     opened: OpenedModel, config: RunConfig, topology: Topology
 ) -> tuple[Skeleton, Params]:
     """Read a model, and round its weights if `serve.weight_dtype` asks for few bits

@@ -10,7 +10,8 @@ import jax
 
 from llmos_jax.checkpoint.find import Found, find_checkpoint
 from llmos_jax.checkpoint.manifest import Manifest
-from llmos_jax.checkpoint.store import CheckpointStore, require_space
+from llmos_jax.checkpoint.retention import require_space
+from llmos_jax.checkpoint.store import CheckpointStore
 from llmos_jax.data import Tokenizer
 from llmos_jax.errors import CheckpointError, ConfigError
 from llmos_jax.models import Params, Skeleton, skeleton
@@ -88,7 +89,7 @@ def save_model(
         CheckpointError: it cannot be written; no space, for example.
     """
     path = new_folder(folder)
-    require_space(_nearest(path), params, keep=0)
+    require_space(_nearest(path), params)
     store = CheckpointStore(path / "checkpoints")
     manifest = Manifest(
         step=0,
@@ -129,21 +130,3 @@ def _tokenizer(found: Found) -> Tokenizer:
             f"checkpoint {found.store.folder / str(found.step)} cannot be read: its "
             f"tokenizer is {problem} Name an earlier step of the same run."
         ) from None
-
-
-def inspect(name: str) -> dict[str, Any]:
-    """What a run folder or checkpoint holds, as plain figures."""
-    opened = open_checkpoint(name)
-    manifest = opened.store.manifest(opened.step)
-    folder = opened.store.folder / str(opened.step)
-    return {
-        "checkpoint": str(folder),
-        "steps_kept": opened.store.steps(),
-        "model": manifest.model.name,
-        "params": opened.skeleton.table.num_params,
-        "mesh": {axis: size for axis, size in manifest.mesh.items() if size > 1},
-        "plan_fingerprint": manifest.plan_fingerprint,
-        "bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
-        **manifest.metrics,
-        "made_by": manifest.made_by,
-    }

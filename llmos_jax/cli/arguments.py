@@ -58,7 +58,7 @@ def add_model(parser: Arguments) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a run folder, a checkpoint, a Hugging Face folder or a GGUF file",
+        help="a run folder, a checkpoint, a Bundle, a Hugging Face folder, a GGUF file",
     )
 
 

@@ -15,6 +15,7 @@ VERBS = {
     "generate": "continue a prompt",
     "convert": "turn a model into another form: ours, Hugging Face's, GGUF",
     "compress": "make a model smaller: weights in 8 or 4 bits, and what that costs",
+    "export": "put a model, its programs and its origin into one folder to serve",
     "serve": "answer over HTTP as OpenAI's API does",
     "doctor": "say what is here, what works and what is missing",
 }

@@ -152,6 +152,8 @@ def _check(config: RunConfig, source: str) -> RunConfig:
         "train.explode_ratio": train.explode_ratio,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+        "checkpoint.grace_s": config.checkpoint.grace_s,
         "plan.microbatches": config.plan.microbatches,
         "compress.sequences": config.compress.sequences,
         "compress.seq_len": config.compress.seq_len,

@@ -210,20 +210,88 @@ class CheckpointSection:
 
     every: int = 500
     keep: int = 3
+    """The latest so many are kept, and those of the next two keys beside them."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps are kept for ever."""
+    best: str | None = None
+    """A figure of metrics.jsonl, `val_loss` for example: the checkpoint where it was
+    lowest is kept, too."""
+    dir: str | None = None
+    """Where checkpoints lie, if not in run.dir: a folder, or s3:// or gs://."""
+    on_damage: Literal["refuse", "previous"] = "refuse"
+    """What to do where the latest checkpoint is damaged: stop and name it, or go on
+    from the one before."""
+    grace_s: float = 15.0
+    """Seconds from SIGTERM to the machine's end, in which a last save must be whole."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuperviseSection:
+    """How `train --supervise` starts a run again."""
+
+    restarts: int = 10
+    """In a row without a new checkpoint between them; then it gives up."""
+    backoff_s: float = 1.0
+    """Before the first restart; doubled each time, with jitter, up to five minutes."""
+    hang_ratio: float = 10.0
+    """A run that finishes no step in so many times its median step is killed."""
+    hang_s: float = 60.0
+    """But it always has so many seconds, and before its first step ten times that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportSection:
+    """What `export` makes of a model (llmos_jax/bundle/README.md)."""
+
+    programs: bool = True
+    """Put the programs beside the weights: compiled for this machine, and portable."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareSection:
+    """How `tools/prepare` makes a corpus of `data.train` (corpus/README.md)."""
+
+    out: str | None = None
+    """The folder of the corpus, to be made; an unfinished one is gone on with."""
+    workers: int | None = None
+    """Processes; None: one per core. The corpus does not depend on it."""
+    shard_tokens: int = 1 << 24
+    """Of a shard, about: 32 MiB of 16-bit tokens."""
+    test_share: float = 0.0
+    """Of the training documents, by content hash, as `data.validation_share`."""
+    repair: bool = True
+    """Mend text that was decoded wrongly, as `schÃ¶n` (ftfy)."""
+    min_words: int = 5
+    """Shorter documents are dropped (C4 drops such lines: arXiv 1910.10683, 2.2)."""
+    max_words: int | None = None
+    """Longer ones are dropped; Gopher took 50 to 100,000 words of web pages."""
+    min_characters: int = 1
+    repetition: bool = True
+    """Drop documents that repeat themselves, by the limits of Gopher (arXiv 2112.11446,
+    table A1)."""
+    exact_duplicates: bool = True
+    """Drop documents whose words are those of an earlier one, in capitals or not."""
+    near_duplicates: float = 0.8
+    """Drop documents that share this much of their runs of five words with an earlier
+    one (Jaccard, estimated by MinHash); 0: keep them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSection:
-    """Text to learn from: files, folders or patterns; .txt .jsonl .parquet, or
-    `python-docs`, the text that every Python carries; or conversations in .jsonl."""
+    """Text to learn from: files, folders or patterns; .txt .jsonl .parquet .csv, or
+    `python-docs`, the text that every Python carries; or conversations in .jsonl; or
+    the folder of a corpus (tools/prepare). Files may lie at s3:// and gs://, too."""
 
     train: tuple[str, ...] = ("python-docs",)
+    weights: tuple[float, ...] = ()
+    """A mixture: how much of the batches comes of each entry of `train`, each a source
+    of its own; empty: all text is one source, by its size."""
     validation: tuple[str, ...] = ()
     """Empty: `validation_share` of the training documents, chosen by content hash."""
     test: tuple[str, ...] = ()
     validation_share: float = 0.01
     text_key: str = "text"
-    """The field that holds the text in JSONL and Parquet."""
+    """The field that holds the text in JSONL, Parquet and CSV."""
     format: Literal["auto", "text", "chat"] = "auto"
     """`chat`: JSON lines of conversations, of which the assistant's answers are
     learned; `auto`: chat where the first row has `messages_key`, else text."""
@@ -238,6 +306,14 @@ class DataSection:
     model's folder."""
     document_mask: bool = False
     """Tokens attend within their own document only; rows still hold several."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """`concat`: documents lie end to end and are cut where a row ends; `best_fit`: rows
+    are packed with whole documents, each attending to itself (arXiv 2404.10830)."""
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether tokens attend within their own document only."""
+        return self.document_mask or self.packing == "best_fit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,5 +345,8 @@ class RunConfig(Artefact):
     data: DataSection = field(default_factory=DataSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     compress: CompressSection = field(default_factory=CompressSection)
+    export: ExportSection = field(default_factory=ExportSection)
+    prepare: PrepareSection = field(default_factory=PrepareSection)
+    supervise: SuperviseSection = field(default_factory=SuperviseSection)
     generate: GenerateSection = field(default_factory=GenerateSection)
     serve: ServeSection = field(default_factory=ServeSection)

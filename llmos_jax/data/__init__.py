@@ -1,7 +1,8 @@
 """Text in, batches of tokens out.
 
 Read in the order of the flow: `sources` (and `python_docs`) give documents, `tokenizer`
-gives ids, `tokens.prepare` puts both on disk once, `batches` cuts rows from there.
+gives ids, `tokens` puts both on disk once (or `corpora` opens what lies there),
+`prepared` makes of these what a run reads, and `batches` cuts rows from that.
 """
 
 from llmos_jax.data.batches import TrainBatches
@@ -11,9 +12,10 @@ from llmos_jax.data.document import Document, split
 from llmos_jax.data.folder import load_tokenizer, tokenizer_of_folder
 from llmos_jax.data.marks import Marks
 from llmos_jax.data.packing import packing_stats, packing_text
+from llmos_jax.data.prepared import prepare, prepare_scored
 from llmos_jax.data.rows import Batch
-from llmos_jax.data.scored import prepare_scored
 from llmos_jax.data.sources import PYTHON_DOCS, read_documents
+from llmos_jax.data.stream import TokenStream
 from llmos_jax.data.template import render
 from llmos_jax.data.token_file import TokenFile
 from llmos_jax.data.tokenizer import (
@@ -22,7 +24,7 @@ from llmos_jax.data.tokenizer import (
     check_vocabulary,
     prompt_ids,
 )
-from llmos_jax.data.tokens import PreparedText, prepare
+from llmos_jax.data.tokens import PreparedText
 from llmos_jax.data.trained import bytes_tokenizer, train_bpe
 from llmos_jax.data.windows import evaluation_batches, num_evaluation_batches
 
@@ -35,6 +37,7 @@ __all__ = [
     "PreparedText",
     "StreamDecoder",
     "TokenFile",
+    "TokenStream",
     "Tokenizer",
     "TrainBatches",
     "bytes_tokenizer",

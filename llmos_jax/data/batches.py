@@ -5,7 +5,9 @@ arithmetic and nothing is padded; only a tail shorter than a row is lost to trai
 Grain shuffles the rows anew each epoch by a keyed permutation, so the row at any
 position of the run is a function of (seed, position): a run resumes at any step in
 O(1), on any number of processes, each reading the rows of the global batch that its
-devices hold. Legend: T query tokens (the row), B sequences.
+devices hold. A mixture keeps this: which source a position belongs to, and which of its
+rows, is arithmetic again (grain's `mix`, whose shares are right to a hundredth of the
+smallest). Legend: T query tokens (the row), B sequences.
 
 With a document mask a batch says which document of its row each token belongs to. A
 document begins with its end mark (token_file.py), so its first token is predicted from
@@ -17,16 +19,22 @@ rows instead (packing.py), and only their answers count.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-import grain
 import numpy as np
 
+from llmos_jax.data.joined import Joined
 from llmos_jax.data.packing import PackedRows
 from llmos_jax.data.rows import Batch, RowSource
-from llmos_jax.data.token_file import TokenFile
+from llmos_jax.data.stream import TokenStream
 from llmos_jax.errors import DataError
+
+if TYPE_CHECKING:
+    import grain  # it brings Orbax: a second that who only serves need not wait for
+
+_SINCE = {"weights": None, "packing": "concat"}
+"""What a state says that was saved before it was asked."""
 
 
 class _StepSource:
@@ -59,7 +67,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        tokens: TokenFile,
+        tokens: TokenStream,
         *,
         seq_len: int,
         global_batch: int,
@@ -68,6 +76,8 @@ class TrainBatches:
         start_step: int = 0,
         prefetch: bool = True,
         document_mask: bool = False,
+        weights: Sequence[float] = (),
+        packing: Literal["concat", "best_fit"] = "concat",
     ):
         """Begin at `start_step`.
 
@@ -81,19 +91,35 @@ class TrainBatches:
             start_step: the step of the first batch.
             prefetch: read ahead in a thread; the order is the same without.
             document_mask: add "segments"; conversations have them anyway.
+            weights: how much of the rows comes of each part of `tokens`; (): it is read
+                as one.
+            packing: of text, `best_fit` puts whole documents into rows, and its batches
+                have "segments" and "weights"; conversations are packed anyway.
         """
+        import grain
+
         wanted = list(range(global_batch) if rows is None else rows)
         assert all(0 <= row < global_batch for row in wanted), (
             "rows of the global batch"
         )
-        rows_of = _row_source(tokens, seq_len, document_mask)
-        order = grain.MapDataset.source(rows_of).seed(seed).shuffle().repeat()
+
+        def rows_of(part: TokenStream) -> RowSource | PackedRows:
+            if part.is_chat or packing == "best_fit":
+                return PackedRows(part, seq_len)
+            return RowSource(part, seq_len, document_mask=document_mask)
+
+        if weights:
+            order = _mixture(tokens, weights, rows_of, seed)
+        else:
+            order = _endless(rows_of(tokens), seed)
         self._steps = grain.MapDataset.source(_StepSource(order, wanted, global_batch))
         self._identity = {
             "tokens": tokens.fingerprint,
             "seq_len": seq_len,
             "global_batch": global_batch,
             "seed": seed,
+            "weights": list(map(float, weights)) or None,
+            "packing": packing,
         }
         self._prefetch = prefetch
         self._iterator: Any = None
@@ -124,9 +150,10 @@ class TrainBatches:
                 same step is another row.
         """
         for name, ours in self._identity.items():
-            if state.get(name) != ours:
+            theirs = state.get(name, _SINCE.get(name))
+            if theirs != ours:
                 raise DataError(
-                    f"the data order cannot go on: {name} was {state.get(name)} when "
+                    f"the data order cannot go on: {name} was {theirs} when "
                     f"it was saved and is {ours} now. Restore the setting or the "
                     "text, or start anew in another run.dir."
                 )
@@ -137,6 +164,8 @@ class TrainBatches:
         self._iterator.close()
 
     def _seek(self, step: int) -> None:
+        import grain
+
         if self._iterator is not None:
             self._iterator.close()
         ahead = grain.ReadOptions(
@@ -147,9 +176,27 @@ class TrainBatches:
         self._iterator = iter(self._steps[step:].to_iter_dataset(ahead))
 
 
-def _row_source(
-    tokens: TokenFile, seq_len: int, document_mask: bool
-) -> RowSource | PackedRows:
-    if tokens.is_chat:
-        return PackedRows(tokens, seq_len)
-    return RowSource(tokens, seq_len, document_mask=document_mask)
+def _endless(rows: RowSource | PackedRows, seed: int) -> grain.MapDataset:
+    import grain
+
+    return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+
+
+def _mixture(
+    tokens: TokenStream,
+    weights: Sequence[float],
+    rows_of: Callable[[TokenStream], RowSource | PackedRows],
+    seed: int,
+) -> grain.MapDataset:
+    """Rows of each part by weight, in each part's own epochs and its own orders."""
+    import grain
+
+    assert isinstance(tokens, Joined) and len(tokens.parts) == len(weights)
+    seeds = np.random.SeedSequence(seed).generate_state(len(weights))
+    parts = []
+    for number, (part, key) in enumerate(zip(tokens.parts, seeds)):
+        try:
+            parts.append(_endless(rows_of(part), int(key)))
+        except DataError as problem:
+            raise DataError(f"source {number + 1} of the mixture: {problem}") from None
+    return grain.MapDataset.mix(parts, weights)

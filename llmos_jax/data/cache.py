@@ -40,7 +40,7 @@ def open_or_build(
     facts, _ = _open(folder)
     if facts is not None:
         return facts
-    with _storage(folder), _lock(folder):
+    with storage(folder), lock(folder):
         facts, damage = _open(folder)
         if facts is not None:
             return facts
@@ -66,10 +66,10 @@ def _open(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
         seal = manifest.pop("seal")
         if seal != fingerprint_of(manifest):
             return None, f"{_MANIFEST} was altered"
-        for name, (size, digest) in manifest["files"].items():
+        for name, (size, sha256) in manifest["files"].items():
             if (folder / name).stat().st_size != size:
                 return None, f"{name} has not its size"
-            if _digest(folder / name) != digest:
+            if digest(folder / name) != sha256:
                 return None, f"{name} was altered"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return None, f"{type(problem).__name__}: {problem}"
@@ -78,7 +78,7 @@ def _open(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
 
 def _seal(room: Path, facts: dict[str, Any]) -> None:
     files = {
-        path.name: [path.stat().st_size, _digest(path)]
+        path.name: [path.stat().st_size, digest(path)]
         for path in sorted(room.iterdir())
     }
     manifest = {"facts": facts, "files": files}
@@ -86,20 +86,22 @@ def _seal(room: Path, facts: dict[str, Any]) -> None:
     (room / _MANIFEST).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
+    """Take turns with other processes at making `folder`, by a file beside it."""
     with folder.with_name(f"{folder.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
-def _storage(folder: Path) -> Iterator[None]:
+def storage(folder: Path) -> Iterator[None]:
     """Make the parent folder; a full or unwritable disk is a DataError, not a crash."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,9 @@ import msgspec
 from llmos_jax.config.schema import DataSection
 from llmos_jax.data.document import Document
 from llmos_jax.data.readers import json_kind, near, read_rows
-from llmos_jax.data.sources import expand
+from llmos_jax.data.sources import expand, find, local
 from llmos_jax.errors import DataError, did_you_mean
+from llmos_jax.stores import Remote
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -30,10 +31,12 @@ def is_chat(section: DataSection, patterns: Sequence[str]) -> bool:
     """
     if section.format != "auto":
         return section.format == "chat"
-    first = expand(patterns)[0]
-    if first is None or first.suffix.lower() != ".jsonl":
+    first = find(patterns)[0]
+    name = first.url if isinstance(first, Remote) else str(first)
+    path = local(first) if name.lower().endswith(".jsonl") else None
+    if path is None:
         return False
-    for _, row in read_rows(first):
+    for _, row in read_rows(path):
         return section.messages_key in row
     return False
 

@@ -1,4 +1,4 @@
-"""Turn one file into its texts: plain text, JSON lines or Parquet.
+"""Turn one file into its texts: plain text, JSON lines, Parquet or CSV.
 
 Each reader yields (name, text), streams where the format can, and answers every fault
 of a file with a DataError that names the place: file and byte, file and line, file and
@@ -7,9 +7,13 @@ column.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import csv
+import gzip
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
@@ -19,18 +23,19 @@ Reader = Callable[[Path, str], Iterator[tuple[str, str]]]
 
 TEXT_SUFFIXES = frozenset(
     ".txt .text .md .rst .tex .html .py .pyi .c .h .cc .cpp .hpp .cu .js .ts .java .go "
-    ".rs .rb .sh .sql .css .toml .yaml .yml .csv .tsv".split()
+    ".rs .rb .sh .sql .css .toml .yaml .yml".split()
 )
+
+PACKED_SUFFIXES = frozenset({".gz", ".zst"})
+"""Of JSON lines: `.jsonl.gz`, `.jsonl.zst`."""
 
 
 def reader_of(path: Path) -> Reader | None:
     """Return the reader for a file's suffix; None where there is none."""
     suffix = path.suffix.lower()
-    if suffix == ".jsonl":
+    if suffix in PACKED_SUFFIXES and path.stem.lower().endswith(".jsonl"):
         return _read_jsonl
-    if suffix == ".parquet":
-        return _read_parquet
-    return _read_text if suffix in TEXT_SUFFIXES else None
+    return _BY_SUFFIX.get(suffix) or (_read_text if suffix in TEXT_SUFFIXES else None)
 
 
 def read_file(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
@@ -42,7 +47,8 @@ def read_file(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
     if reader is None:
         raise DataError(
             f"{path}: {path.suffix!r} is not a kind of text that can be read. Use "
-            "plain text (.txt, .md, ...), .jsonl or .parquet; unpack what is packed."
+            "plain text (.txt, .md, ...), .jsonl (.gz, .zst), .parquet, .csv or .tsv; "
+            "unpack what is packed otherwise."
         )
     try:
         yield from reader(path, text_key)
@@ -82,20 +88,89 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
 def _read_rows(
     path: Path, wanted: str = "a JSON object"
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.isspace():
+    with _unpacked(path) as lines:
+        for number, line in enumerate(_lines(lines, path), 1):
+            if not line.strip():
                 continue
             place = f"{path}:{number}"
+            yield place, _row_of(line, place, wanted)
+
+
+def read_lines(
+    path: Path, text_key: str, first: int, last: int
+) -> Iterator[tuple[int, str]]:
+    """Yield (row, text) for lines of a .jsonl that begin at bytes first to last - 1.
+
+    Rows count from 1 at the first of them; a fault names the line of the file.
+    """
+    wanted = f"a JSON object with a {text_key!r} field"
+    with path.open("rb") as lines:
+        lines.seek(max(0, first - 1))
+        if first:
+            lines.readline()  # the rest of a line that began before
+        number = 0
+        while lines.tell() < last and (line := lines.readline()):
+            number += 1
+            if line.isspace():
+                continue
             try:
-                row = msgspec.json.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as problem:
-                raise DataError(
-                    f"{place}: not a JSON object on one line: {problem}"
-                ) from None
-            if not isinstance(row, dict):
-                raise DataError(f"{place}: wanted {wanted}, got a {json_kind(row)}.")
-            yield place, row
+                text = _text_of(_row_of(line, "", wanted), text_key, "")
+            except DataError as fault:
+                where = f"{path}:{lines_before(path, first) + number}"
+                raise DataError(f"{where}{fault}") from None
+            yield number, text
+
+
+def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    """Yield lines; what was packed and cannot be unpacked is a DataError."""
+    try:
+        if path.suffix.lower() != ".zst":
+            yield from file
+            return
+        rest = b""
+        while block := file.read(1 << 20):
+            *whole, rest = (rest + block).split(b"\n")
+            yield from whole
+        if rest:
+            yield rest
+    except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
+        raise DataError(f"{path} cannot be unpacked: {problem}") from None
+    except OSError as problem:
+        if path.suffix.lower() not in PACKED_SUFFIXES:
+            raise
+        raise DataError(f"{path} cannot be unpacked: {problem}") from None
+
+
+def lines_before(path: Path, offset: int) -> int:
+    """Return how many lines begin before a byte."""
+    count, at, last = 0, 0, b"\n"
+    with path.open("rb") as file:
+        while at < offset and (block := file.read(min(1 << 20, offset - at))):
+            count += block.count(b"\n")
+            at += len(block)
+            last = block[-1:]
+    return count + (last != b"\n")
+
+
+def _row_of(line: bytes, place: str, wanted: str) -> dict[str, Any]:
+    try:
+        row = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError) as problem:
+        raise DataError(f"{place}: not a JSON object on one line: {problem}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: wanted {wanted}, got a {json_kind(row)}.")
+    return row
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    """Open a file that may be packed with gzip or Zstandard."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path)  # type: ignore[return-value]
+    if path.suffix.lower() == ".zst":
+        import pyarrow as pa
+
+        return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+    return path.open("rb")
 
 
 def _text_of(row: dict[str, Any], text_key: str, place: str) -> str:
@@ -113,6 +188,15 @@ def _text_of(row: dict[str, Any], text_key: str, place: str) -> str:
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
+    for row, text in read_row_groups(path, text_key):
+        yield f"{path}:{row}", text
+
+
+def read_row_groups(
+    path: Path, text_key: str, groups: Sequence[int] | None = None
+) -> Iterator[tuple[int, str]]:
+    """Yield (row, text) of a Parquet file; of some of its row groups, in order: rows
+    are then counted from 0 at the first of them."""
     import pyarrow as pa  # heavy, and wanted by this reader alone
     import pyarrow.parquet as pq
 
@@ -129,12 +213,49 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise DataError(f"{path}: column {text_key!r} holds {kind}, not text.")
             row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
+            for batch in file.iter_batches(
+                batch_size=1024, columns=[text_key], row_groups=groups
+            ):
                 for text in batch.column(0).to_pylist():
-                    yield f"{path}:{row}", text or ""
+                    yield row, text or ""
                     row += 1
     except (pa.ArrowException, UnicodeDecodeError) as problem:
         raise DataError(f"{path} cannot be read as Parquet: {problem}") from None
+
+
+def _read_csv(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
+    """A table with a header; path:line is where a row ends."""
+    csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's 128 KiB
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            header = next(rows, [])
+            if text_key not in header:
+                raise DataError(
+                    f"{path}: no column {text_key!r}; the columns are "
+                    f"{_listed(header)}.{near(text_key, header)} "
+                    "Set data.text_key to the one that holds the text."
+                )
+            column = header.index(text_key)
+            for row in rows:
+                place = f"{path}:{rows.line_num}"
+                if row and len(row) != len(header):
+                    raise DataError(
+                        f"{place}: a row of {len(row)} fields under a header of "
+                        f"{len(header)}. Quote fields that hold {delimiter!r}."
+                    )
+                yield place, row[column] if row else ""
+        except csv.Error as problem:
+            raise DataError(
+                f"{path}:{rows.line_num}: not a row of a table: {problem}."
+            ) from None
+        except UnicodeDecodeError as problem:
+            raise DataError(
+                f"{path}: byte {problem.object[problem.start]:#04x} near line "
+                f"{rows.line_num} is not UTF-8 text. Convert the file "
+                "(`iconv -t utf-8`) or leave it out."
+            ) from None
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -151,3 +272,11 @@ def json_kind(value: object) -> str:
     """Name the kind of a JSON value, for messages."""
     names = {dict: "JSON object", list: "list", str: "text", bool: "truth value"}
     return names.get(type(value), "null" if value is None else "number")
+
+
+_BY_SUFFIX: dict[str, Reader] = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+}

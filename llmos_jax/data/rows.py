@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmos_jax.data.token_file import TokenFile
+from llmos_jax.data.stream import TokenStream, said
 from llmos_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
@@ -15,7 +15,9 @@ class RowSource:
     "segments" with a document mask. The last target of a row is the next one's first
     input."""
 
-    def __init__(self, tokens: TokenFile, seq_len: int, *, document_mask: bool = False):
+    def __init__(
+        self, tokens: TokenStream, seq_len: int, *, document_mask: bool = False
+    ):
         self._tokens = tokens
         self._ids = tokens.open()
         self._seq_len = seq_len
@@ -23,7 +25,7 @@ class RowSource:
         self._num_rows = (tokens.num_tokens - 1) // seq_len
         if self._num_rows < 1:
             raise DataError(
-                f"{tokens.path.stem} text has {tokens.num_tokens} tokens, but one row "
+                f"{tokens.name} text has {tokens.num_tokens} tokens, but one row "
                 f"needs {seq_len + 1} (batch.seq_len + 1). Give more text, or lower "
                 "batch.seq_len."
             )
@@ -38,14 +40,14 @@ class RowSource:
         return found | segments(found["inputs"], self._mark)
 
 
-def mark_of(tokens: TokenFile, document_mask: bool) -> int | None:
+def mark_of(tokens: TokenStream, document_mask: bool) -> int | None:
     """The token that begins a new segment; None where there are no segments."""
     if not document_mask:
         return None
     if tokens.end_id is None:
         raise DataError(
-            f"{tokens.path.stem} text has no end mark that tells its documents apart. "
-            "Leave data.document_mask out."
+            f"{tokens.name} text has no end mark that tells its documents apart. "
+            "Leave data.document_mask out, and data.packing."
         )
     return tokens.end_id
 
@@ -57,14 +59,3 @@ def segments(inputs_XT: np.ndarray, mark: int | None) -> Batch:
     begins_XT = inputs_XT == mark
     begins_XT[..., 0] = False
     return {"segments": np.cumsum(begins_XT, axis=-1, dtype=np.int32)}
-
-
-def said(tokens: TokenFile, targets: np.ndarray) -> np.ndarray:
-    """Return targets with the end mark where the next document's first mark stood.
-
-    A model that is given `<bos>` in front of a text must learn to say `<eos>` at its
-    end, not `<bos>`.
-    """
-    if tokens.stop_id is None:
-        return targets
-    return np.where(targets == tokens.end_id, np.int32(tokens.stop_id), targets)

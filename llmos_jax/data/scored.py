@@ -1,8 +1,8 @@
-"""Turn the text that a finished model is scored on into tokens, with its own tokenizer.
+"""Turn one side of a text into tokens with a tokenizer that is there already.
 
-The text is `data.test`, else `data.validation`, else what `data.train` holds out: the
-same split as `tokens.prepare` makes, so a run's own held-out text is found again. The
-result is cached under a key of its own; nothing but the scored text is encoded.
+Named text is taken whole; held-out text is told apart from the training text by the
+same split as `tokens.prepare_text` makes, so a run's own held-out text is found again.
+The result is cached under a key of its own; nothing but this side is encoded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from llmos_jax.config.schema import DataSection
 from llmos_jax.data.cache import open_or_build
 from llmos_jax.data.conversations import is_chat
-from llmos_jax.data.sides import read_scored, scored_patterns
+from llmos_jax.data.sides import read_held_out, read_side
 from llmos_jax.data.sources import fingerprint_sources
 from llmos_jax.data.token_file import (
     TokenFile,
@@ -25,42 +25,57 @@ from llmos_jax.data.token_file import (
     open_token_file,
 )
 from llmos_jax.data.tokenizer import Tokenizer
-from llmos_jax.data.tokens import with_template
 from llmos_jax.ir import fingerprint_of
 from llmos_jax.units import format_bytes
 
 
-def prepare_scored(
+def prepare_side(
+    side: str,
+    patterns: tuple[str, ...],
     section: DataSection,
     tokenizer: Tokenizer,
     *,
     cache: Path,
     on_progress: Callable[[str], None],
 ) -> TokenFile:
-    """Return the text to score, cut by `tokenizer`, from the cache where it is.
+    """Return all text that the patterns name as one side, from the cache where it is.
 
     Raises:
-        DataError: sources that cannot be read, or too little text.
+        DataError: sources that cannot be read.
         ConfigError: conversations, and no template to write them by.
     """
-    tokenizer = with_template(tokenizer, section)
-    folder = cache / "scored" / _key(section, tokenizer)
-    facts = open_or_build(
-        folder,
-        lambda room: _build(section, tokenizer, room, on_progress),
-        on_progress,
+    key = _key(side, patterns, None, section, tokenizer)
+    return _open(side, cache / "sides" / key, patterns, section, tokenizer, on_progress)
+
+
+def prepare_held_out(
+    section: DataSection,
+    tokenizer: Tokenizer,
+    *,
+    cache: Path,
+    on_progress: Callable[[str], None],
+) -> TokenFile:
+    """Return what `data.train` holds out, from the cache where it is; raises as
+    `prepare_side`, and DataError for too little text."""
+    key = _key(
+        "validation", section.train, section.validation_share, section, tokenizer
     )
-    return open_token_file(folder, facts["side"], facts)
+    folder = cache / "sides" / key
+    return _open("validation", folder, None, section, tokenizer, on_progress)
 
 
-def _key(section: DataSection, tokenizer: Tokenizer) -> str:
-    named = section.test or section.validation
+def _key(
+    side: str,
+    patterns: tuple[str, ...],
+    share: float | None,
+    section: DataSection,
+    tokenizer: Tokenizer,
+) -> str:
     return fingerprint_of(
         [
             code_digest(),
-            ["test" if section.test else "validation", bool(named)],
-            fingerprint_sources(named or section.train),
-            None if named else section.validation_share,
+            [side, share],
+            fingerprint_sources(patterns),
             section.text_key,
             [section.format, section.messages_key],
             tokenizer.fingerprint,
@@ -68,19 +83,31 @@ def _key(section: DataSection, tokenizer: Tokenizer) -> str:
     )
 
 
-def _build(
+def _open(
+    side: str,
+    folder: Path,
+    patterns: tuple[str, ...] | None,
     section: DataSection,
     tokenizer: Tokenizer,
-    room: Path,
     on_progress: Callable[[str], None],
-) -> dict[str, Any]:
-    """Fill `room` with the scored side; return the facts."""
-    with ExitStack() as stack:
-        side, spool = read_scored(section, room, stack)
-        on_progress(f"encoding {format_bytes(spool.num_bytes)} of {side} text")
+) -> TokenFile:
+    """`patterns` None: what is held out of data.train."""
+
+    def build(room: Path) -> dict[str, Any]:
         path = room / f"{side}.bin"
-        if is_chat(section, scored_patterns(section)):
-            facts = encode_conversations(spool, tokenizer, path, keep_answers=True)
-        else:
+        with ExitStack() as stack:
+            if patterns is None:
+                spool = read_held_out(section, room, stack)
+            else:
+                spool = read_side(section, patterns, room / f"{side}.txt", stack)
+            on_progress(f"encoding {format_bytes(spool.num_bytes)} of {side} text")
+            if is_chat(section, patterns or section.train):
+                keep = side != "train"
+                return encode_conversations(spool, tokenizer, path, keep_answers=keep)
             facts = encode(spool, tokenizer, path)
-        return {"side": side, side: facts}
+        if side == "train":
+            spool.path.unlink()  # training text is not kept
+        return facts
+
+    facts = open_or_build(folder, build, on_progress)
+    return open_token_file(folder, side, {side: facts})

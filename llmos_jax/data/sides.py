@@ -27,8 +27,8 @@ def read_sides(section: DataSection, room: Path, stack: ExitStack) -> tuple[Side
     validation text was told apart. The spools lie in `room`; `stack` closes them."""
     if section.validation:
         sides = {
-            "train": _read(section, section.train, room / "train.txt", stack),
-            "validation": _read(
+            "train": read_side(section, section.train, room / "train.txt", stack),
+            "validation": read_side(
                 section, section.validation, room / "validation.txt", stack
             ),
         }
@@ -36,28 +36,15 @@ def read_sides(section: DataSection, room: Path, stack: ExitStack) -> tuple[Side
     else:
         sides, held_out_by = _split(section, room, stack)
     if section.test:
-        sides["test"] = _read(section, section.test, room / "test.txt", stack)
+        sides["test"] = read_side(section, section.test, room / "test.txt", stack)
     return sides, held_out_by
 
 
-def scored_patterns(section: DataSection) -> Sequence[str]:
-    """Return where the text to score a finished model on is, or is held out of."""
-    return section.test or section.validation or section.train
-
-
-def read_scored(
-    section: DataSection, room: Path, stack: ExitStack
-) -> tuple[str, Spool]:
-    """Return the side to score a finished model on, by name: test text if it is named,
-    else validation text, named or held out of the training text as in `read_sides`."""
-    if section.test:
-        return "test", _read(section, section.test, room / "test.txt", stack)
-    if section.validation:
-        path = room / "validation.txt"
-        return "validation", _read(section, section.validation, path, stack)
+def read_held_out(section: DataSection, room: Path, stack: ExitStack) -> Spool:
+    """Return what `read_sides` holds out of the training text, alone."""
     sides, _ = _split(section, room, stack)
     sides["train"].path.unlink()
-    return "validation", sides["validation"]
+    return sides["validation"]
 
 
 def _documents(section: DataSection, patterns: Sequence[str]) -> Iterable[Document]:
@@ -66,9 +53,10 @@ def _documents(section: DataSection, patterns: Sequence[str]) -> Iterable[Docume
     return read_documents(patterns, text_key=section.text_key)
 
 
-def _read(
+def read_side(
     section: DataSection, patterns: Sequence[str], path: Path, stack: ExitStack
 ) -> Spool:
+    """Return a spool, at `path`, of all text that the patterns name."""
     spool = stack.enter_context(Spool(path))
     for document in _documents(section, patterns):
         spool.add(document.text)

@@ -1,24 +1,30 @@
 """Turn the patterns of `[data]` into a stream of documents.
 
 A pattern is a text file, a folder (searched through, in sorted order), a glob, a .jsonl
-or .parquet file, or the word `python-docs`. The order of documents is the order of the
-patterns and, within one, of the sorted paths: the same on every machine.
+or .parquet file, one of these in an object store (s3://, gs://), or the word
+`python-docs`. Objects are read from local copies, which are checked. The order of
+documents is the order of the patterns and, within one, of the sorted paths: the same on
+every machine.
 """
 
 from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from llmos_jax import stores
 from llmos_jax.data import python_docs
 from llmos_jax.data.document import Document
 from llmos_jax.data.readers import read_file, reader_of
 from llmos_jax.errors import DataError
 
 PYTHON_DOCS = "python-docs"
+
+Found = Path | stores.Remote | None
+"""A file, an object of a store, or python-docs."""
 
 
 def read_documents(patterns: Sequence[str], *, text_key: str) -> Iterator[Document]:
@@ -30,7 +36,7 @@ def read_documents(patterns: Sequence[str], *, text_key: str) -> Iterator[Docume
             nothing but empty documents.
     """
     found = 0
-    for source in expand(patterns):
+    for source in find(patterns):
         for document in _read(source, text_key):
             if document.text.strip():
                 found += 1
@@ -45,39 +51,59 @@ def read_documents(patterns: Sequence[str], *, text_key: str) -> Iterator[Docume
 def fingerprint_sources(patterns: Sequence[str]) -> list[Any]:
     """Return plain data that changes when the text might have: a cheap cache key.
 
-    Files are known by path, size and time of change, not by content; python-docs by the
-    interpreter's build and the same facts of its files.
+    Files are known by path, size and time of change, not by content; objects by URL,
+    size and ETag; python-docs by the interpreter's build and the facts of its files.
     """
-    return [
-        python_docs.fingerprint() if source is None else _stamp(source)
-        for source in expand(patterns)
-    ]
+    return [_stamp(source) for source in find(patterns)]
 
 
-def _stamp(path: Path) -> list[Any]:
-    facts = path.stat()
-    return [str(path.resolve()), facts.st_size, facts.st_mtime_ns]
-
-
-def _read(source: Path | None, text_key: str) -> Iterator[Document]:
+def _stamp(source: Found) -> list[Any]:
     if source is None:
+        return python_docs.fingerprint()
+    if isinstance(source, stores.Remote):
+        return [source.url, source.size, source.etag or str(source.modified)]
+    facts = source.stat()
+    return [str(source.resolve()), facts.st_size, facts.st_mtime_ns]
+
+
+def local(source: Found) -> Path | None:
+    """Return the file, or a local copy of the object; None is python-docs.
+
+    Raises:
+        StoreError: the object cannot be brought here.
+    """
+    return stores.local_copy(source) if isinstance(source, stores.Remote) else source
+
+
+def _read(source: Found, text_key: str) -> Iterator[Document]:
+    path = local(source)
+    if path is None:
         yield from python_docs.documents()
         return
-    for name, text in read_file(source, text_key):
+    for name, text in read_file(path, text_key):
         yield Document(name=name, text=text)
+    if isinstance(source, stores.Remote):
+        stores.release(path)  # read once: its copy may make room for others
 
 
 def expand(patterns: Sequence[str]) -> list[Path | None]:
-    """Return the files that the patterns name, each once; None is python-docs.
+    """Return the files that the patterns name, each once, objects as local copies;
+    None is python-docs. Raises as `find` and `local`."""
+    return [local(source) for source in find(patterns)]
+
+
+def find(patterns: Sequence[str]) -> list[Found]:
+    """Return what the patterns name, each once; nothing is fetched.
 
     Raises:
         DataError: no pattern, or one that matches nothing.
+        StoreError: an object store does not answer, or holds nothing of the name.
     """
     if not patterns:
         raise DataError(
             "no data was named: set data.train to files, folders or patterns."
         )
-    files: dict[Path | None, None] = {}
+    files: dict[Found, None] = {}
     for pattern in patterns:
         try:
             files.update(dict.fromkeys(_expand_one(pattern)))
@@ -86,9 +112,11 @@ def expand(patterns: Sequence[str]) -> list[Path | None]:
     return list(files)
 
 
-def _expand_one(pattern: str) -> list[Path | None]:
+def _expand_one(pattern: str) -> list[Found]:
     if pattern == PYTHON_DOCS:
         return [None]
+    if stores.is_remote(pattern):
+        return [*_objects(pattern)]
     path = Path(pattern).expanduser()
     if path.is_dir():
         return [*_files_of(path)]
@@ -108,12 +136,28 @@ def _files_of(folder: Path) -> list[Path]:
     inside = sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not _is_hidden(path.relative_to(folder))
     )
-    files = [path for path in inside if reader_of(path)]
-    if files:
-        return files
+    return [path for path in inside if reader_of(path)] or _no_text(folder, inside)
+
+
+def _objects(url: str) -> list[stores.Remote]:
+    """Return the objects of a name or a glob; below a folder those that can be read."""
+    found = stores.list_files(url)
+    if glob.has_magic(url) or [one.url for one in found] == [url]:
+        return found
+    inside = {one: Path(one.url.removeprefix(url).strip("/")) for one in found}
+    readable = [
+        one for one, path in inside.items() if reader_of(path) and not _is_hidden(path)
+    ]
+    return readable or _no_text(url, inside.values())
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _no_text(folder: Path | str, inside: Iterable[Path]) -> NoReturn:
     suffixes = sorted({path.suffix or path.name for path in inside})
     what = f"only {', '.join(suffixes[:8])}" if suffixes else "nothing at all"
     raise DataError(

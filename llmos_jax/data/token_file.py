@@ -49,10 +49,16 @@ class TokenFile:
     weights: Path | None = None
     """uint8 [num_tokens], 1 for tokens to learn; None: all are (text)."""
     lengths: Path | None = None
-    """uint32 [num_documents], tokens of each conversation; None for text."""
+    """uint32 [num_documents], tokens of each document; None for text that is not to be
+    packed."""
     num_answer_tokens: int | None = None
     num_skipped: int = 0
     """Conversations left out because nothing in them is an answer."""
+
+    @property
+    def name(self) -> str:
+        """The side that it is: train, validation or test."""
+        return self.path.stem
 
     @property
     def is_chat(self) -> bool:
@@ -69,8 +75,8 @@ class TokenFile:
         return np.memmap(self.weights, dtype=np.uint8, mode="r", shape=self.num_tokens)
 
     def open_lengths(self) -> np.ndarray:
-        """Return the tokens of each conversation, int64 [num_documents]."""
-        assert self.lengths is not None, "text has no lengths"
+        """Return the tokens of each document, int64 [num_documents]."""
+        assert self.lengths is not None, "lengths.py makes them"
         return np.fromfile(self.lengths, np.uint32).astype(np.int64)
 
     def raw_bytes(self) -> bytes:

@@ -85,6 +85,13 @@ class Tokenizer:
             raise _half_a_pair() from None
         return [np.asarray(one.ids, np.uint32) for one in coded]
 
+    def remember(self, words: int) -> None:
+        """Keep the ids of so many words at hand, for one who encodes much text. The
+        library keeps 10,000 and has no public name for it."""
+        resize = getattr(self._inner.model, "_resize_cache", None)
+        if resize is not None:
+            resize(words)
+
     def encode_prompt(self, text: str) -> np.ndarray:
         """Return the ids of a text to go on from, uint32 [tokens]: with the marks that
         the model expects around a text, and no others."""

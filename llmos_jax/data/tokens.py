@@ -8,9 +8,11 @@ predicted from that, and no document is predicted from nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from llmos_jax.data.conversations import is_chat
 from llmos_jax.data.folder import load_tokenizer
 from llmos_jax.data.sides import read_sides
 from llmos_jax.data.sources import fingerprint_sources
+from llmos_jax.data.stream import TokenStream
 from llmos_jax.data.token_file import (
-    TokenFile,
     code_digest,
     encode,
     encode_conversations,
@@ -37,34 +39,59 @@ from llmos_jax.units import format_bytes
 
 # A tokenizer is trained on the first 64 MiB: its counts hardly move after that, and the
 # trainer holds every distinct word in memory.
-_TRAINER_BYTES = 64 << 20
+TRAINER_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A part of a mixture."""
+
+    name: str
+    """The entry of `data.train`."""
+    weight: float
+    tokens: TokenStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedText:
-    """What a run reads: the tokenizer, the token files, and how they came about."""
+    """What a run reads: the tokenizer, the tokens, and how they came about."""
 
     tokenizer: Tokenizer
-    train: TokenFile
-    validation: TokenFile
-    test: TokenFile | None
+    train: TokenStream
+    validation: TokenStream
+    test: TokenStream | None
     held_out_by: str
     """How validation text was told apart, in words for a report."""
-    folder: Path
+    folder: Path | None = None
+    """Where all files lie; None: in several places."""
+    sources: tuple[Source, ...] = ()
+    """Of a mixture: its parts, in the order of `data.train`."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """How much of the batches comes of each part of `train`; (): it is one text."""
+        return tuple(source.weight for source in self.sources)
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Return plain counts for a report: documents, bytes, tokens, bytes a token."""
+        """Return plain counts for a report: documents, bytes, tokens, bytes a token,
+        and of a mixture the same of each source, with its share of the batches."""
         sides = {"train": self.train, "validation": self.validation, "test": self.test}
+        whole = sum(self.weights)
+        sources = [
+            {"name": one.name, "share": one.weight / whole, **_counts(one.tokens)}
+            for one in self.sources
+        ]
         return {
             "held_out_by": self.held_out_by,
             "tokenizer": self.tokenizer.fingerprint,
             "vocab_size": self.tokenizer.vocab_size,
             **{name: _counts(side) for name, side in sides.items() if side},
+            **({"sources": sources} if sources else {}),
         }
 
 
-def prepare(
+def prepare_text(
     section: DataSection,
     *,
     vocab_size: int,
@@ -72,23 +99,27 @@ def prepare(
     cache: Path,
     on_progress: Callable[[str], None],
     own: Tokenizer | None = None,
+    given: Tokenizer | None = None,
 ) -> PreparedText:
-    """Return the tokenizer and token files of `[data]`, from the cache where they are.
+    """Return the tokenizer and token files of plain `[data]`, from the cache where they
+    are.
 
     `own` is the tokenizer that the model came with, which `data.tokenizer = auto`
-    takes. Conversations (`data.format`) give files with weights, see `TokenFile`.
+    takes; `given` is one to take whatever `data.tokenizer` says.
+    Conversations (`data.format`) give files with weights, see `TokenFile`.
 
     Raises:
         DataError: sources that cannot be read, or too little text.
         ConfigError: a tokenizer that cannot be read or does not fit the model, or
             conversations and no template to write them by.
     """
-    given = _given_tokenizer(section.tokenizer, own)
-    if given:
-        check_vocabulary(given, vocab_size, model_name)
-        given = with_template(given, section)
+    if given is None:
+        given = given_tokenizer(section.tokenizer, own)
+        if given:
+            check_vocabulary(given, vocab_size, model_name)
+            given = with_template(given, section)
     if is_chat(section, section.train):
-        _check_template(given)
+        check_template(given)
     folder = cache / "text" / _key(section, given, vocab_size)
     facts = open_or_build(
         folder,
@@ -106,6 +137,40 @@ def prepare(
     )
 
 
+def train_on(
+    sections: Sequence[DataSection],
+    weights: Sequence[float],
+    vocab_size: int,
+    cache: Path,
+    on_progress: Callable[[str], None],
+) -> Tokenizer:
+    """Train a tokenizer on the training sides of several texts, of each as much as its
+    weight says; from the cache where it is."""
+
+    def build(room: Path) -> dict[str, Any]:
+        on_progress(
+            f"training a tokenizer of {vocab_size} tokens on {len(weights)} texts"
+        )
+        with ExitStack() as stack:
+            texts: list[Iterable[str]] = []
+            for number, (section, weight) in enumerate(zip(sections, weights)):
+                (part := room / str(number)).mkdir()
+                sides, _ = read_sides(section, part, stack)
+                size = round(TRAINER_BYTES * weight / sum(weights))
+                texts.append(_first(sides["train"], size))
+            made = train_bpe(chain.from_iterable(texts), vocab_size)
+        for number in range(len(sections)):
+            shutil.rmtree(room / str(number))
+        (room / "tokenizer.json").write_text(made.to_json(), encoding="utf-8")
+        return {}
+
+    keys = [_key(section, None, vocab_size) for section in sections]
+    folder = cache / "tokenizers" / fingerprint_of([keys, list(weights)])
+    open_or_build(folder, build, on_progress)
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    return Tokenizer.from_json(text)
+
+
 def with_template(tokenizer: Tokenizer, section: DataSection) -> Tokenizer:
     """Return the tokenizer with the template of `data.chat_template`, if it is set."""
     if section.chat_template is None:
@@ -120,8 +185,8 @@ def with_template(tokenizer: Tokenizer, section: DataSection) -> Tokenizer:
         ) from None
 
 
-def _given_tokenizer(choice: str, own: Tokenizer | None) -> Tokenizer | None:
-    """Return the tokenizer to use; None: it is to be trained."""
+def given_tokenizer(choice: str, own: Tokenizer | None) -> Tokenizer | None:
+    """Return the tokenizer that `data.tokenizer` names; None: it is to be trained."""
     if choice == "auto":
         return own
     if choice == "train":
@@ -129,7 +194,8 @@ def _given_tokenizer(choice: str, own: Tokenizer | None) -> Tokenizer | None:
     return bytes_tokenizer() if choice == "bytes" else load_tokenizer(choice)
 
 
-def _check_template(given: Tokenizer | None) -> None:
+def check_template(given: Tokenizer | None) -> None:
+    """Raise ConfigError where there is no template to write conversations by."""
     if given is not None and given.marks.chat_template is not None:
         return
     whose = "a tokenizer trained here" if given is None else "this tokenizer"
@@ -172,7 +238,7 @@ def _build(
         on_progress(f"{train.num_documents} documents, {format_bytes(train.num_bytes)}")
         if given is None:
             on_progress(f"training a tokenizer of {vocab_size} tokens")
-        tokenizer = given or train_bpe(_first(train, _TRAINER_BYTES), vocab_size)
+        tokenizer = given or train_bpe(_first(train, TRAINER_BYTES), vocab_size)
         facts: dict[str, Any] = {"held_out_by": held_out_by}
         for name, spool in sides.items():
             on_progress(f"encoding {format_bytes(spool.num_bytes)} of {name} text")
@@ -202,7 +268,7 @@ def _first(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
         num_bytes -= len(text)
 
 
-def _counts(file: TokenFile) -> dict[str, Any]:
+def _counts(file: TokenStream) -> dict[str, Any]:
     counts: dict[str, Any] = {
         "documents": file.num_documents,
         "bytes": file.num_bytes,

@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from llmos_jax.data.packing import PackedRows, empty_row
-from llmos_jax.data.rows import Batch, mark_of, said, segments
-from llmos_jax.data.token_file import TokenFile
+from llmos_jax.data.rows import Batch, mark_of, segments
+from llmos_jax.data.stream import TokenStream, said
 from llmos_jax.errors import ConfigError, DataError
 
 
 def num_evaluation_batches(
-    tokens: TokenFile,
+    tokens: TokenStream,
     *,
     seq_len: int,
     batch: int,
@@ -36,7 +36,7 @@ def num_evaluation_batches(
 
 
 def evaluation_batches(
-    tokens: TokenFile,
+    tokens: TokenStream,
     *,
     seq_len: int,
     batch: int,
@@ -86,7 +86,7 @@ def evaluation_batches(
         yield {name: np.stack([row[name] for row in taken]) for name in taken[0]}
 
 
-def _num_windows(tokens: TokenFile, seq_len: int, stride: int | None) -> int:
+def _num_windows(tokens: TokenStream, seq_len: int, stride: int | None) -> int:
     if stride is not None and not 1 <= stride <= seq_len:
         raise ConfigError(
             f"a stride of {stride} with windows of {seq_len} tokens: it must be 1 to "
@@ -99,7 +99,7 @@ def _num_windows(tokens: TokenFile, seq_len: int, stride: int | None) -> int:
             )
         return len(PackedRows(tokens, seq_len))
     if tokens.num_tokens < 2:
-        raise DataError(f"{tokens.path.stem} text has no token to predict.")
+        raise DataError(f"{tokens.name} text has no token to predict.")
     beyond_first = max(0, tokens.num_tokens - 1 - seq_len)
     return 1 + math.ceil(beyond_first / (stride or seq_len))
 
@@ -109,7 +109,7 @@ class _Windows:
 
     def __init__(
         self,
-        tokens: TokenFile,
+        tokens: TokenStream,
         seq_len: int,
         stride: int,
         begin_id: int | None,
@@ -141,7 +141,7 @@ class _Windows:
 class _Conversations:
     """Rows of whole conversations by number; those past the last are padding."""
 
-    def __init__(self, tokens: TokenFile, seq_len: int):
+    def __init__(self, tokens: TokenStream, seq_len: int):
         self._rows = PackedRows(tokens, seq_len)
         self._seq_len = seq_len
 

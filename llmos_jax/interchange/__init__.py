@@ -26,6 +26,12 @@ from llmos_jax.interchange.peft import (
 )
 from llmos_jax.interchange.probe import Likeness, likeness, probe
 from llmos_jax.interchange.progress import ByteProgress
+from llmos_jax.interchange.safetensors_file import (
+    Stored,
+    array_dtype,
+    header_bytes,
+    read_header,
+)
 from llmos_jax.interchange.weights import Entry, weight_map
 from llmos_jax.interchange.write import foreign_tensors, write_huggingface
 
@@ -39,11 +45,14 @@ __all__ = [
     "Likeness",
     "OpenedArchive",
     "OpenedModel",
+    "Stored",
     "TensorFacts",
     "architecture_of",
+    "array_dtype",
     "config_of",
     "foreign_spec",
     "foreign_tensors",
+    "header_bytes",
     "inspect",
     "is_foreign",
     "likeness",
@@ -52,6 +61,7 @@ __all__ = [
     "open_archive",
     "probe",
     "read_adapter",
+    "read_header",
     "spec_of",
     "stored_dtypes",
     "weight_map",

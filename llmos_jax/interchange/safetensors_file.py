@@ -25,7 +25,15 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""What a weight may be stored as; other kinds keep their own name."""
+"""What a foreign weight may be stored as; other kinds keep their own name."""
+_ALL_DTYPES: dict[str, np.dtype[Any]] = DTYPES | {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "U16": np.dtype(np.uint16),
+    "I32": np.dtype(np.int32),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+"""And what ours may be."""
 _BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -100,6 +108,17 @@ def read_header(path: Path) -> dict[str, Stored]:
     return tensors
 
 
+def array_dtype(kind: str) -> np.dtype[Any]:
+    """The dtype that a file's header means.
+
+    Raises:
+        CheckpointError: one that no model of ours has.
+    """
+    if kind not in _ALL_DTYPES:
+        raise CheckpointError(f"a tensor is stored as {kind}, which no model here has.")
+    return _ALL_DTYPES[kind]
+
+
 def read_rows(path: Path, name: str, stored: Stored, rows: slice) -> np.ndarray:
     """Return some rows of a tensor in memory of its own.
 
@@ -138,7 +157,7 @@ def header_bytes(
     tensors: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]],
 ) -> bytes:
     """Return what a file of these tensors, in this order, begins with."""
-    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    kinds = {dtype: kind for kind, dtype in _ALL_DTYPES.items()}
     # Without a format, transformers refuses a file.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

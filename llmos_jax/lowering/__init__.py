@@ -6,6 +6,7 @@ from llmos_jax.lowering.collectives import Collective, collectives_of
 from llmos_jax.lowering.collectives import table as collective_table
 from llmos_jax.lowering.count import Count, count
 from llmos_jax.lowering.devices import (
+    cpu_name,
     is_first_process,
     is_only_process,
     join_processes,
@@ -39,6 +40,7 @@ __all__ = [
     "collective_table",
     "collectives_of",
     "count",
+    "cpu_name",
     "Program",
     "abstract",
     "activation_spec",

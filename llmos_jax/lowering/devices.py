@@ -143,11 +143,16 @@ def keep_compiled_programs() -> Path:
     XLA:CPU programs hold instructions of the CPU they were compiled on, so a home
     folder shared by unlike machines needs one folder each.
     """
-    here = hashlib.sha256(f"{platform.machine()} {_cpu_flags()}".encode()).hexdigest()
-    folder = cache_folder() / "programs" / here[:12]
+    folder = cache_folder() / "programs" / cpu_name()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     return folder
+
+
+def cpu_name() -> str:
+    """A word for CPUs with these instructions: what compiled code depends on."""
+    here = hashlib.sha256(f"{platform.machine()} {_cpu_flags()}".encode()).hexdigest()
+    return here[:12]
 
 
 _GPUS_A_HOST = 8

@@ -142,11 +142,12 @@ def _put(cache: Cache, own: Cache, slot_B: jax.Array) -> Cache:
 
 def open_forward(
     skeleton: Skeleton,
-    params: Params,
+    params: Weights,
     *,
     compute_dtype: str,
     kv_dtype: str | None,
     rotate_keys: bool = False,
+    is_laid_out: bool = False,
 ) -> tuple[Forward, Weights]:
     """Return how a model runs here, and its parameters as that wants them.
 
@@ -156,6 +157,7 @@ def open_forward(
         compute_dtype: "float32" or "bfloat16".
         kv_dtype: of cached keys and values; None: the compute dtype.
         rotate_keys: see models.cache; for int8.
+        is_laid_out: the parameters are what this returned before.
 
     Raises:
         ConfigError: a dtype that no cache here has.
@@ -168,9 +170,9 @@ def open_forward(
         )
     if _is_fused(skeleton, compute_dtype, kept):
         fused = FusedDecoder(skeleton.spec, kept, rotate_keys=rotate_keys)
-        return fused, fused.pack(params)
+        return fused, params if is_laid_out else fused.pack(params)
     plain = DecoderForward(skeleton, kept, rotate_keys=rotate_keys)
-    return plain, skeleton.cast(params, compute_dtype)
+    return plain, params if is_laid_out else skeleton.cast(params, compute_dtype)
 
 
 def _is_fused(skeleton: Skeleton, compute_dtype: str, kv_dtype: str) -> bool:

@@ -58,6 +58,14 @@ class Opened(NamedTuple):
     """None: on one device."""
 
 
+class ReadyMade(NamedTuple):
+    """Programs that somebody compiled before."""
+
+    folder: Path
+    pages: int
+    """That they are for."""
+
+
 class Ready(NamedTuple):
     """What an engine, or one who follows it, runs."""
 
@@ -74,6 +82,7 @@ def make_ready(
     embeds: bool = True,
     identity: str = "",
     folder: Path | None = None,
+    ready_made: ReadyMade | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Ready:
     """Find out sizes, and return what is still to be prepared: compiled or loaded.
@@ -85,14 +94,25 @@ def make_ready(
         embeds: whether there are programs for embeddings.
         identity: what compiled programs depend on beside their shapes.
         folder: where compiled programs are kept; None: nowhere.
+        ready_made: programs that a Bundle brought.
         on_progress: told what takes long.
 
     Raises:
         ConfigError: sizes that do not go together, or not even one
             sequence has room beside the weights.
     """
-    make = functools.partial(_programs, opened, identity=identity, folder=folder)
-    room = _with_pages(opened, asked, _room(opened, asked), make)
+    make = functools.partial(
+        _programs,
+        opened,
+        identity=identity,
+        folder=folder,
+        ready_made=ready_made and ready_made.folder,
+    )
+    room = _room(opened, asked)
+    if ready_made is not None and _fits(opened, room, ready_made.pages):
+        room = replace(room, pages=ready_made.pages)
+    else:
+        room = _with_pages(opened, asked, room, make)
     programs = make(room)
     shapes = list(all_shapes(room, guesses=guesses, embeds=embeds))
 
@@ -182,6 +202,12 @@ def _with_pages(
     return replace(room, pages=_rounded(pages))
 
 
+def _fits(opened: Opened, room: Room, pages: int) -> bool:
+    """Whether there is memory for so many pages beside the weights."""
+    free = budget(opened.topology) - _weight_bytes(opened) - _pool_bytes(room)
+    return pages * _page_bytes(opened, room) <= free
+
+
 def _no_room(room: Room, page_bytes: float, left: float) -> str:
     gib = 2.0**30
     fits = max(0, int(left // page_bytes)) * room.page_size
@@ -197,9 +223,17 @@ def _free_bytes(opened: Opened, room: Room, make: Callable[[Room], Programs]) ->
     """Bytes of a device that weights, pool and programs leave."""
     programs = make(room)
     temporary = max(programs.temporary_bytes(shape) for shape in _largest(room))
-    weights = sum(map(_bytes_on_device, jax.tree.leaves(opened.weights)))
-    pool = room.seats * room.context * 4
-    return budget(opened.topology) - weights - temporary - pool
+    used = _weight_bytes(opened) + temporary + _pool_bytes(room)
+    return budget(opened.topology) - used
+
+
+def _weight_bytes(opened: Opened) -> float:
+    """On one device."""
+    return sum(map(_bytes_on_device, jax.tree.leaves(opened.weights)))
+
+
+def _pool_bytes(room: Room) -> float:
+    return 4.0 * room.seats * room.context
 
 
 def _largest(room: Room) -> list[Shape]:
@@ -220,10 +254,17 @@ def _rounded(pages: int) -> int:
 
 
 def _programs(
-    opened: Opened, room: Room, *, identity: str, folder: Path | None
+    opened: Opened,
+    room: Room,
+    *,
+    identity: str,
+    folder: Path | None,
+    ready_made: Path | None,
 ) -> Programs:
     state = jax.eval_shape(lambda: empty_state(opened.model, room))
-    keep = functools.partial(Programs, room=room, identity=identity, folder=folder)
+    keep = functools.partial(
+        Programs, room=room, identity=identity, folder=folder, ready_made=ready_made
+    )
     if opened.placement is None:
         return keep(opened.model, opened.weights, state)
     plan, mesh = opened.placement

@@ -56,6 +56,7 @@ class Programs:
         traced: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f,
         identity: str = "",
         folder: Path | None = None,
+        ready_made: Path | None = None,
     ):
         """Compile nothing yet.
 
@@ -68,10 +69,12 @@ class Programs:
             traced: puts a program under a plan before it is jitted.
             identity: what else a kept program depends on: the model, the versions.
             folder: where compiled programs are kept; None: nowhere.
+            ready_made: where others lie, which are only read.
         """
         self._model, self._room = model, room
         self._abstract = jax.tree.map(_abstract, (params, state))
         self.sharding, self._folder = sharding, folder
+        self._ready_made = ready_made
         self._identity, self._traced = identity, traced
         self._made: dict[Shape, Any] = {}
         self._lock = threading.Lock()
@@ -164,17 +167,16 @@ class Programs:
         steps = StepRows(np.zeros((B, T), np.int32), row_B, row_B, row_B)
         return (table, steps) if shape.kind == "embed" else (table, steps, draw)
 
-    def _path(self, shape: Shape) -> Path | None:
-        if self._folder is None:
-            return None
+    def _name(self, shape: Shape) -> str:
         sizes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), self._abstract)
         parts = (self._identity, shape, self._room, str(sizes))
-        name = hashlib.sha256(repr(parts).encode()).hexdigest()
-        return self._folder / f"{name[:32]}.program"
+        return f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.program"
 
     def _read(self, shape: Shape) -> Any:
-        path = self._path(shape)
-        if path is None or not path.is_file():
+        name = self._name(shape)
+        folders = (x for x in (self._ready_made, self._folder) if x is not None)
+        path = next((x / name for x in folders if (x / name).is_file()), None)
+        if path is None:
             return None
         try:
             digest, _, body = path.read_bytes().partition(b"\n")
@@ -198,9 +200,9 @@ class Programs:
         return list(self.sharding.mesh.devices.flat)
 
     def _write(self, shape: Shape, program: Any) -> None:
-        path = self._path(shape)
-        if path is None:
+        if self._folder is None:
             return
+        path = self._folder / self._name(shape)
         body = pickle.dumps(serialize_executable.serialize(program))
         digest = hashlib.sha256(body).hexdigest().encode()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,22 @@ from llmos_jax.telemetry.figures import (
     memory_figure,
     throughput_figure,
 )
+from llmos_jax.telemetry.goodput import PHASES, Goodput, Ledger, process_began
+from llmos_jax.telemetry.heartbeat import (
+    Heartbeat,
+    open_heartbeat,
+    read_heartbeat,
+)
 from llmos_jax.telemetry.metrics import MetricsWriter, read_metrics
 from llmos_jax.telemetry.plan_page import page_of_front, page_of_plan
 from llmos_jax.telemetry.progress import TrainProgress, log
 from llmos_jax.telemetry.report import write_report
 
 __all__ = [
+    "PHASES",
+    "Goodput",
+    "Heartbeat",
+    "Ledger",
     "MetricsWriter",
     "Plot",
     "TrainProgress",
@@ -24,8 +34,11 @@ __all__ = [
     "log",
     "loss_figure",
     "memory_figure",
+    "open_heartbeat",
     "page_of_front",
     "page_of_plan",
+    "process_began",
+    "read_heartbeat",
     "read_metrics",
     "throughput_figure",
     "versions",

@@ -2,12 +2,14 @@
 
 A row is flushed as it is written: a killed run loses at most the line it was writing.
 A resumed run first drops the rows after the step it resumes from: each step is in the
-file once, whatever happened on the way.
+file once, whatever happened on the way. While the disk is full, rows wait in memory:
+training goes on, and what is lost is known only at the end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -17,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from llmos_jax.errors import DataError, TrainingError
+from llmos_jax.telemetry.progress import log
 
 Row = dict[str, float | int | str]
 
@@ -29,17 +32,22 @@ class MetricsWriter:
         resume_step: the last step that counts; rows of later steps are dropped.
 
     Raises:
-        TrainingError: the folder cannot be written, now or later (no space left).
+        TrainingError: the folder cannot be written, now or later; or there was no space
+            for the last rows when it was closed.
         DataError: the metrics.jsonl that is there has a damaged line.
     """
 
     def __init__(self, folder: Path, *, resume_step: int = 0):
         self._path = Path(folder) / "metrics.jsonl"
+        self._waiting = b""
+        self._is_full = False
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _drop_after(self._path, resume_step)
-            self._file = self._path.open("a", encoding="utf-8")
-            self._events = _Events(self._path.parent / "tensorboard", resume_step)
+            self._file = self._path.open("ab", buffering=0)
+            self._events: _Events | None = _Events(
+                self._path.parent / "tensorboard", resume_step
+            )
         except OSError as problem:
             raise _unwritable(self._path, problem) from problem
 
@@ -50,21 +58,55 @@ class MetricsWriter:
         run) survive every resume and are not sent to TensorBoard.
         """
         line = json.dumps({key: _finite(value) for key, value in row.items()})
+        self._waiting += line.encode() + b"\n"
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
-            self._events.write(row)
+            self._write_waiting()
         except OSError as problem:
-            raise _unwritable(self._path, problem) from problem
+            if problem.errno != errno.ENOSPC:
+                raise _unwritable(self._path, problem) from problem
+            self._tell_full()
+        self._write_event(row)
 
     def close(self) -> None:
-        """Flush and close both files; closing twice is harmless."""
+        """Write what waits and close both files; closing twice is harmless."""
         try:
-            self._file.close()
+            self._write_waiting()
         except OSError as problem:
             raise _unwritable(self._path, problem) from problem
         finally:
+            self._file.close()
+            if self._events is not None:
+                self._events.close()
+                self._events = None
+
+    def _write_waiting(self) -> None:
+        """Write rows from the byte on that a full disk took last."""
+        while self._waiting:
+            count = self._file.write(self._waiting)
+            self._waiting = self._waiting[count or 0 :]
+        self._is_full = False
+
+    def _write_event(self, row: Row) -> None:
+        """TensorBoard reads no file with a gap: a disk that is full once ends it."""
+        if self._events is None:
+            return
+        try:
+            self._events.write(row)
+        except OSError:
             self._events.close()
+            self._events = None
+            log(
+                "warning: the disk is full; TensorBoard's events of this sitting end "
+                "here, metrics.jsonl goes on."
+            )
+
+    def _tell_full(self) -> None:
+        if not self._is_full:
+            self._is_full = True
+            log(
+                f"warning: no space for {self._path}: rows wait in memory until there "
+                "is some."
+            )
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -75,7 +117,11 @@ class MetricsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except TrainingError:
+            if error is None:  # else the run has failed of something else already
+                raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

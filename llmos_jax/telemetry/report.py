@@ -22,8 +22,9 @@ from llmos_jax.telemetry.figures import (
     memory_figure,
     throughput_figure,
 )
+from llmos_jax.telemetry.goodput import PHASES
 from llmos_jax.telemetry.metrics import read_metrics
-from llmos_jax.units import format_si
+from llmos_jax.units import format_seconds, format_si
 
 _BASELINES = {"gzip_bits_per_byte": "gzip", "xz_bits_per_byte": "xz"}
 _HEADLINES = 6
@@ -46,7 +47,8 @@ def write_report(
             `tokens_per_s`, `mfu` by `step`).
         values: report.json, in this order. `val_loss` beside `val_bits_per_byte` puts
             the loss curve in bits per byte; `gzip_bits_per_byte` and
-            `xz_bits_per_byte` are then drawn as its baselines.
+            `xz_bits_per_byte` are then drawn as its baselines. `goodput_s` is drawn as
+            a bar.
         rows: every figure with how it was obtained; the first six stand on top.
         samples: (prompt, continuation).
 
@@ -60,6 +62,7 @@ def write_report(
         headlines=rows[:_HEADLINES],
         rows=rows,
         figures={name: plot.svg for name, plot in plots.items()},
+        wall_time=_wall_time(values.get("goodput_s") or {}),
         plan=plan,
         plan_text=plan.explain(),
         config_toml=config_toml,
@@ -99,6 +102,30 @@ def _plots(
             plan.predicted.memory, plan.topology.hbm_bytes_per_device
         ),
     }
+
+
+def _wall_time(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Parts of a bar, left to right: the useful one first, then as they cost most."""
+    meanings: dict[str, str] = {str(name): what for name, what in PHASES.items()}
+    total = sum(seconds.values())
+    shown = [(name, s) for name, s in seconds.items() if s > 0 and total]
+    shown.sort(key=lambda part: (part[0] != "stepping", -part[1]))
+    parts, left = [], 0.0
+    for name, s in shown:
+        share = 100 * s / total
+        parts.append(
+            {
+                "name": name.replace("_", " "),
+                "style": name,
+                "what": meanings.get(name, ""),
+                "left": f"{left:.3f}",
+                "width": f"{share:.3f}",
+                "share": f"{share:.1f}%",
+                "time": format_seconds(s),
+            }
+        )
+        left += share
+    return parts
 
 
 def _bytes_per_token(values: Mapping[str, Any]) -> float | None:

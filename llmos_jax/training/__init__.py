@@ -7,6 +7,7 @@ from llmos_jax.training.local import LocalState, local_replicas, replica_bytes_p
 from llmos_jax.training.loop import Hooks, Outcome, Pace, run
 from llmos_jax.training.loss import tiled_loss, token_losses
 from llmos_jax.training.optimizer import learning_rate, make_optimizer
+from llmos_jax.training.refit import refit
 from llmos_jax.training.scorer import (
     Distance,
     Scorer,
@@ -50,6 +51,7 @@ __all__ = [
     "open_folder",
     "open_scorer",
     "open_session",
+    "refit",
     "replica_bytes_per_step",
     "run",
     "said_now_and_then",

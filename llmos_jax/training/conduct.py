@@ -13,10 +13,11 @@ from llmos_jax.checkpoint import Manifest, require_space
 from llmos_jax.data import PreparedText, TrainBatches
 from llmos_jax.lowering import measure_matmul_flops_per_s
 from llmos_jax.planner import model_flops, sizes_of
-from llmos_jax.telemetry import MetricsWriter, TrainProgress
-from llmos_jax.training.folder import RunFolder
+from llmos_jax.telemetry import Ledger, MetricsWriter, TrainProgress
+from llmos_jax.training.folder import RunFolder, retention_of
 from llmos_jax.training.local import local_replicas
 from llmos_jax.training.loop import Hooks, Outcome, Pace, run
+from llmos_jax.training.saving import Saver, check_best, missing_best
 from llmos_jax.training.session import Origin, Session, bits_per_byte
 from llmos_jax.training.step import TrainState
 from llmos_jax.units import format_seconds
@@ -30,6 +31,7 @@ def conduct(
     origin: Origin | None = None,
     say: Callable[[str], None],
     is_first: bool,
+    ledger: Ledger | None = None,
 ) -> Outcome:
     """Train to `train.steps` (or the clock, or a signal), saving as configured.
 
@@ -40,6 +42,7 @@ def conduct(
         origin: whose weights a new run begins with; None draws them.
         say: writes a line.
         is_first: whether this process speaks and writes for all.
+        ledger: where the time goes.
 
     Raises:
         CheckpointError: the folder's checkpoint is of another model, or damaged; there
@@ -47,7 +50,15 @@ def conduct(
         TrainingError: the loss stopped making sense.
     """
     config, start = session.config, folder.resume_step
-    require_space(folder.path, session.state_shape, config.checkpoint.keep)
+    ledger = ledger or Ledger()
+    check_best(config.checkpoint.best, config.train.eval_every)
+    require_space(
+        folder.store.folder,
+        session.state_shape,
+        retention_of(config),
+        steps=config.train.steps,
+        every=config.checkpoint.every,
+    )
     source = TrainBatches(
         text.train,
         seq_len=config.batch.seq_len,
@@ -56,7 +67,11 @@ def conduct(
         rows=session.rows,
         start_step=start,
         document_mask=config.data.document_mask,
+        weights=text.weights,
+        packing=config.data.packing,
     )
+    ledger.enter("restoring")
+    ledger.resumed(start)
     if start:
         say(f"resuming from step {start} in {folder.path}")
         state = session.restore(folder.store, start)
@@ -66,9 +81,11 @@ def conduct(
         state = session.begin_with(origin)
     else:
         state = session.fresh()
+    ledger.enter("compiling")
     say(f"compiled the training step in {format_seconds(session.program.compile())}")
     pace = _pace(session)
-    hooks = _hooks(session, text, folder, source)
+    saver = Saver(folder.store, say, config.checkpoint.grace_s, folder.mirror)
+    hooks = _hooks(session, text, folder, source, saver, ledger)
     writer: Any = _Quiet()
     if is_first:
         writer = MetricsWriter(folder.path, resume_step=start)
@@ -79,7 +96,8 @@ def conduct(
         max_seconds=None if limit is None else 60 * limit,
         enabled=is_first,
     )
-    with writer, progress:
+    ledger.enter("stepping")
+    with writer, progress, folder.stop.while_training(saver.lost):
         outcome = run(
             session.program,
             state,
@@ -90,8 +108,11 @@ def conduct(
             writer=writer,
             progress=progress,
             hooks=hooks,
+            stop=folder.stop,
+            ledger=ledger,
         )
-    folder.store.wait()
+        with ledger.during("saving"):
+            saver.finish()
     return outcome
 
 
@@ -108,12 +129,29 @@ def _pace(session: Session) -> Pace:
 
 
 def _hooks(
-    session: Session, text: PreparedText, folder: RunFolder, source: TrainBatches
+    session: Session,
+    text: PreparedText,
+    folder: RunFolder,
+    source: TrainBatches,
+    saver: Saver,
+    ledger: Ledger,
 ) -> Hooks:
     config, plan = session.config, session.plan
+    tokenizer_json = text.tokenizer.to_json()
+    told: set[str] = set()
+
+    def beat(done: int, total: int) -> None:
+        ledger.beat()
+        if folder.stop.is_urgent:
+            raise _Urgent
 
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
-        score = session.score(state.params, text.validation, config.train.eval_batches)
+        try:
+            score = session.score(
+                state.params, text.validation, config.train.eval_batches, beat
+            )
+        except _Urgent:
+            return {}
         return {
             "val_loss": score.loss,
             "val_bits_per_byte": bits_per_byte(score, text.validation),
@@ -131,19 +169,31 @@ def _hooks(
             local_replicas=local_replicas(plan),
             made_by={"llmos_jax": __version__, "jax": jax.__version__},
         )
-        folder.store.save(
-            manifest, state.params, state.optimizer, text.tokenizer.to_json()
+        warning = missing_best(config.checkpoint.best, figures)
+        if warning and not told:
+            told.add(warning)
+            folder.say(warning)
+        saver.save(
+            step,
+            lambda: folder.store.save(
+                manifest, state.params, state.optimizer, tokenizer_json
+            ),
         )
 
     hooks = Hooks(
         evaluate=evaluate if config.train.eval_every else None,
         save=save,
+        look=saver.look,
         last_saved=folder.last_saved,
         conclude=session.concluded,
     )
     if jax.process_count() == 1:
         return hooks
     return replace(hooks, agreed_to_stop=folder.store.reached_preemption)
+
+
+class _Urgent(Exception):
+    """There is no time for an evaluation."""
 
 
 class _Quiet:

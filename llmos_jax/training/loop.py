@@ -20,7 +20,7 @@ import jax
 from llmos_jax.config.schema import RunConfig
 from llmos_jax.lowering import Program, fetch
 from llmos_jax.lowering.peers import shared_fate
-from llmos_jax.telemetry import MetricsWriter, TrainProgress
+from llmos_jax.telemetry import Ledger, MetricsWriter, TrainProgress
 from llmos_jax.training.optimizer import learning_rate
 from llmos_jax.training.step import Batch, Metrics, TrainState
 from llmos_jax.training.watch import Clock, DivergenceWatch, StopSignal
@@ -37,7 +37,9 @@ class Hooks:
     evaluate: Callable[[TrainState, int], dict[str, float]] | None
     """(state, step) -> figures of the validation text."""
     save: Callable[[TrainState, dict[str, float]], None]
-    """(state, latest figures): start a checkpoint of this state."""
+    """(state, its figures): start a checkpoint of this state."""
+    look: Callable[[int], None]
+    """(step): a step was sent to the device; say what became of the last save."""
     last_saved: Callable[[], str]
     """A sentence that names the last good checkpoint."""
     conclude: Callable[[TrainState, int], TrainState]
@@ -80,6 +82,8 @@ def run(
     writer: MetricsWriter,
     progress: TrainProgress,
     hooks: Hooks,
+    stop: StopSignal,
+    ledger: Ledger | None = None,
 ) -> Outcome:
     """Train from `start_step` to `train.steps`, the clock or a signal.
 
@@ -87,32 +91,39 @@ def run(
         TrainingError: the loss or gradient stopped being finite, or exploded.
         LowerError: another process of the run is gone.
     """
-    recorder = _Recorder(config, pace, writer, progress, hooks)
+    ledger = ledger or Ledger()
+    recorder = _Recorder(config, pace, writer, progress, hooks, ledger)
     clock = Clock(config.train.max_minutes)
     step, reason = start_step, "finished"
     saved_at = start_step
-    fate = shared_fate(lambda: _how_to_go_on(config, recorder.step))
-    with fate, StopSignal(enabled=hooks.agreed_to_stop is None) as stop:
+    with shared_fate(lambda: _how_to_go_on(config, recorder.step)):
         while step < config.train.steps:
-            state, metrics = program(state, next(batches))
+            batch = next(batches)
+            ledger.got_batch(is_idle=recorder.is_idle)
+            state, metrics = program(state, batch)
             step += 1
             recorder.submit(step, metrics)
+            ledger.stepped(step)
+            hooks.look(step)
             stopped = _stop_reason(step, stop, clock, hooks)
             if stopped == "time" or step == config.train.steps:
                 state = hooks.conclude(state, step)
             every = config.train.eval_every
             if hooks.evaluate and every and step % every == 0:
                 recorder.flush(partial(hooks.evaluate, state, step))
+                stopped = stopped or ("signal" if stop.is_urgent else None)
             if step % config.checkpoint.every == 0:
                 recorder.flush()
-                hooks.save(state, recorder.latest)
+                with ledger.during("saving"):
+                    hooks.save(state, recorder.latest)
                 saved_at = step
             if stopped:
                 reason = stopped
                 break
         recorder.flush()
         if saved_at != step:
-            hooks.save(state, recorder.latest)
+            with ledger.during("saving"):
+                hooks.save(state, recorder.latest)
     return Outcome(
         state=state,
         step=step,
@@ -135,13 +146,14 @@ class _Recorder:
         writer: MetricsWriter,
         progress: TrainProgress,
         hooks: Hooks,
+        ledger: Ledger,
     ):
         self.latest: dict[str, float] = {}
         self.step: int | None = None
         self._watch = DivergenceWatch(config.train.explode_ratio)
         self._schedule = learning_rate(config.train)
         self._pace, self._writer, self._progress = pace, writer, progress
-        self._hooks = hooks
+        self._hooks, self._ledger = hooks, ledger
         self._pending: tuple[int, Metrics] | None = None
         self._step_times: list[float] = []
         self._last_time: float | None = None
@@ -152,6 +164,7 @@ class _Recorder:
         if self._last_time is None:
             self._last_time = time.perf_counter()
             jax.block_until_ready(metrics)
+            self._ledger.waited()
         if before is not None:
             self._record(*before)
 
@@ -164,7 +177,16 @@ class _Recorder:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
+        jax.block_until_ready(metrics)
+        self._ledger.waited()
         self._record(step, metrics, evaluate)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the device has nothing to do."""
+        if self._pending is None:
+            return True
+        return all(x.is_ready() for x in jax.tree.leaves(self._pending[1]))
 
     @property
     def median_step_s(self) -> float | None:
@@ -199,13 +221,15 @@ class _Recorder:
         others = {name: float(fetch(x)) for name, x in metrics.items()}
         row = {**others, **row}
         self._watch.check(step, loss, grad_norm, self._hooks.last_saved)
-        figures = evaluate() if evaluate else {}
+        figures = {}
+        if evaluate:
+            with self._ledger.during("evaluating"):
+                figures = evaluate()
         if figures:
             self._last_time = time.perf_counter()
         self._writer.write({**row, **figures})
         self._progress.update(step, loss, tokens_per_s, mfu)
-        self.latest.update({key: row[key] for key in ("loss", "grad_norm", "lr")})
-        self.latest.update(figures)
+        self.latest = {**others, "lr": row["lr"], **figures}
 
 
 def _how_to_go_on(config: RunConfig, last_step: int | None) -> str:
@@ -229,6 +253,7 @@ def _stop_reason(
             return "signal"
         return "time" if clock.is_over else None
     if hooks.agreed_to_stop(step):
+        stop.begin_countdown()
         return "signal"
     if step % _AGREE_EVERY == 0 and _first_process_says(clock.is_over):
         return "time"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from llmos_jax.data import TokenFile, evaluation_batches, num_evaluation_batches
+from llmos_jax.data import TokenStream, evaluation_batches, num_evaluation_batches
 from llmos_jax.errors import ConfigError
 from llmos_jax.ir import Plan
 from llmos_jax.lowering import (
@@ -82,7 +82,7 @@ class Scorer:
 
     def sums(
         self,
-        tokens: TokenFile,
+        tokens: TokenStream,
         *params: Params,
         limit: int | None = None,
         on_progress: Progress | None = None,
@@ -119,7 +119,7 @@ class Scorer:
     def score(
         self,
         params: Params,
-        tokens: TokenFile,
+        tokens: TokenStream,
         limit: int | None = None,
         on_progress: Progress | None = None,
     ) -> Score:

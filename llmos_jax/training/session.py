@@ -23,7 +23,7 @@ from llmos_jax.checkpoint import (
     check_same_replicas,
 )
 from llmos_jax.config.schema import RunConfig, SyncSection, TrainSection
-from llmos_jax.data import TokenFile, TrainBatches
+from llmos_jax.data import TokenStream, TrainBatches
 from llmos_jax.errors import LowerError
 from llmos_jax.ir import Plan
 from llmos_jax.lowering import (
@@ -46,7 +46,7 @@ from llmos_jax.training.local import (
 )
 from llmos_jax.training.optimizer import make_optimizer
 from llmos_jax.training.router import RouterWeights
-from llmos_jax.training.scorer import Scorer, Windows, open_scorer
+from llmos_jax.training.scorer import Progress, Scorer, Windows, open_scorer
 from llmos_jax.training.step import Batch, TrainState, init_state, train_step
 
 
@@ -151,9 +151,15 @@ class Session:
         for local in source:
             yield self.scorer.places.on_mesh(local, rows)
 
-    def score(self, params: Params, tokens: TokenFile, limit: int | None) -> Score:
+    def score(
+        self,
+        params: Params,
+        tokens: TokenStream,
+        limit: int | None,
+        on_progress: Progress | None = None,
+    ) -> Score:
         """Score a text, all of it or its first `limit` batches."""
-        return self.scorer.score(params, tokens, limit)
+        return self.scorer.score(params, tokens, limit, on_progress)
 
 
 def open_session(
@@ -174,7 +180,7 @@ def open_session(
     mesh = device_mesh(plan)
     program = lower_train_step(skeleton, plan, config, mesh, is_chat=is_chat)
     optimizer = _optimizer(skeleton, plan, config.train, config.sync)
-    windows = Windows(document_mask=config.data.document_mask)
+    windows = Windows(document_mask=config.data.is_masked)
     scorer = open_scorer(skeleton, plan, config.train.compute_dtype, windows, mesh)
     state_shape = program.arguments[0]
     return Session(
@@ -235,9 +241,10 @@ def lower_train_step(
     size = (plan.workload.global_batch, plan.workload.seq_len)
     tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(plan, mesh))
     batch = dict.fromkeys(["inputs", "targets"], tokens)
-    if config.data.document_mask or is_chat:
+    is_packed = is_chat or config.data.packing == "best_fit"
+    if config.data.document_mask or is_packed:
         batch["segments"] = tokens
-    if is_chat:
+    if is_packed:
         batch["weights"] = jax.ShapeDtypeStruct(
             size, jnp.float32, sharding=tokens.sharding
         )
@@ -289,7 +296,7 @@ def _agreement(
     )
 
 
-def bits_per_byte(score: Score, tokens: TokenFile) -> float:
+def bits_per_byte(score: Score, tokens: TokenStream) -> float:
     """Bits per byte of a score over part of a text, by its share of the tokens that
     count: of conversations, those of answers."""
     counted = tokens.num_answer_tokens if tokens.is_chat else tokens.num_tokens - 1

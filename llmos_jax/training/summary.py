@@ -8,12 +8,13 @@ from typing import Any
 from llmos_jax.config import to_toml
 from llmos_jax.data import PreparedText, compare
 from llmos_jax.ir import ReportRow
-from llmos_jax.telemetry import environment, write_report
+from llmos_jax.telemetry import Goodput, environment, write_report
 from llmos_jax.training.evaluate import Score
 from llmos_jax.training.folder import RunFolder
 from llmos_jax.training.local import replica_bytes_per_step
 from llmos_jax.training.loop import Outcome
 from llmos_jax.training.session import Session
+from llmos_jax.units import format_seconds
 
 Samples = Sequence[tuple[str, str]]
 
@@ -25,12 +26,14 @@ def summarise(
     outcome: Outcome,
     score: Score | None,
     samples: Samples,
+    goodput: Goodput,
 ) -> dict[str, Any]:
     """Write report.json and report.html into the run folder; return report.json.
 
     `score` is None when a signal ended the run and there was no time to take one.
+    `goodput` is where the time went until now.
     """
-    rows = _rows(session, text, outcome, score)
+    rows = [*_rows(session, text, outcome, score), _goodput_row(goodput)]
     values: dict[str, Any] = {row.name: row.value for row in rows}
     values |= {
         "stopped_by": outcome.signal or outcome.reason,
@@ -39,6 +42,8 @@ def summarise(
         "checkpoint": str(folder.path / "checkpoints" / str(outcome.step)),
         "report": str(folder.path / "report.html"),
         "sync": _sync(session),
+        "data": _data(text, values["tokens_seen"]),
+        "goodput_s": {name: round(s, 3) for name, s in goodput.seconds.items()},
         "plan_fingerprint": session.plan.fingerprint,
     }
     write_report(
@@ -101,6 +106,25 @@ def _rows(
     rows.append(_replica_row(session))
     row("params", session.skeleton.table.num_params, "", "all parameters")
     return rows
+
+
+def _goodput_row(goodput: Goodput) -> ReportRow:
+    return ReportRow(
+        name="goodput",
+        value=goodput.share,
+        unit="share",
+        how="time of steps that the run kept, of the "
+        f"{format_seconds(goodput.wall_s)} since it was first started",
+    )
+
+
+def _data(text: PreparedText, tokens_seen: int) -> dict[str, Any]:
+    """What the text was, and how many tokens (and epochs) came of each source."""
+    stats = text.stats
+    for source in [stats["train"], *stats.get("sources", [])]:
+        source["tokens_seen"] = round(tokens_seen * source.get("share", 1.0))
+        source["epochs"] = source["tokens_seen"] / source["tokens"]
+    return stats
 
 
 def _sync(session: Session) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import small
 
 from llmos_jax import train as train_page
-from llmos_jax.checkpoint import find_checkpoint
+from llmos_jax.checkpoint import find_checkpoint, inspect
 
 
 @pytest.fixture
@@ -75,6 +75,8 @@ FILLED_AT_12 = textwrap.dedent(
             if step == 12:
                 wait_for(Path({saved!r}))
                 fill(Path({disk!r}))
+            if step == {freed_at}:
+                Path({disk!r}, "filler").unlink()
 
     conduct.TrainProgress = Progress
     sys.exit(train.main({arguments!r}))
@@ -82,22 +84,50 @@ FILLED_AT_12 = textwrap.dedent(
 )
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_saved(
-    disk, small_model, text_file
-):
+def run_on(disk, texts, freed_at=None):
     """A process of its own: what threads print must not bury the one line."""
-    run = disk / "run"
-    texts = small.overrides(run, small_model, text_file)
     process = small.start(
         FILLED_AT_12.format(
             here=str(Path(__file__).parent),
-            saved=str(run / "checkpoints" / "10" / "manifest"),
+            saved=str(disk / "run" / "checkpoints" / "10" / "checksums.json"),
             disk=str(disk),
+            freed_at=freed_at,
             arguments=small.flags(texts),
         )
     )
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
+    return process.returncode, out, err
+
+
+def test_training_goes_on_while_the_disk_is_full(
+    disk, tmp_path, small_model, text_file
+):
+    run = disk / "run"
+    more = {"train__steps": 40, "checkpoint__keep": 2}
+    code, _, err = run_on(
+        disk, small.overrides(run, small_model, text_file, **more), freed_at=24
+    )
+    assert code == 0, err
+    warnings = [line for line in err.splitlines() if "is not saved" in line]
+    assert len(warnings) == 1 and "step 20" in warnings[0], err
+    assert "disk is full" in warnings[0] and "Traceback" not in err
+    assert "rows wait in memory" in err
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["30", "40"], "nothing is left of the save that failed"
+    straight = small.overrides(tmp_path / "run", small_model, text_file, **more)
+    small.train(straight)
+    assert small.losses(run) == small.losses(tmp_path / "run")
+    assert small.differing(small.arrays(run), small.arrays(tmp_path / "run")) == []
+    assert inspect(str(run))["damaged"] == []
+
+
+def test_a_disk_that_stays_full_ends_the_run_and_keeps_what_was_saved(
+    disk, small_model, text_file
+):
+    run = disk / "run"
+    texts = small.overrides(run, small_model, text_file)
+    code, out, err = run_on(disk, texts)
+    assert code == 1, err
     line = error_line(err)
     assert "disk is full" in line or "No space left" in line
     assert out == ""

@@ -14,6 +14,7 @@ from llmos_jax import models, training
 from llmos_jax.checkpoint import (
     CheckpointStore,
     Manifest,
+    Retention,
     check_same_model,
     find_checkpoint,
     inspect,
@@ -195,8 +196,8 @@ def test_space_is_asked_for_before_anything_is_trained(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 3000})
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     state = {"w": np.zeros(250, np.float32)}
-    require_space(tmp_path, state, keep=2)
+    require_space(tmp_path, state, Retention(keep=2))
     with pytest.raises(CheckpointError, match=r"no disk space.*3\.91 KiB wanted"):
-        require_space(tmp_path, state, keep=3)
+        require_space(tmp_path, state, Retention(keep=3))
     (tmp_path / "held").write_bytes(bytes(1000))
-    require_space(tmp_path, state, keep=3)
+    require_space(tmp_path, state, Retention(keep=3))

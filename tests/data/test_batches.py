@@ -119,6 +119,8 @@ def test_state_is_plain_data(tokens):
         "seq_len": 8,
         "global_batch": 6,
         "seed": 3,
+        "weights": None,
+        "packing": "concat",
     }
     source.close()
 

@@ -16,6 +16,7 @@ from llmos_jax.data import (
     num_evaluation_batches,
     packing_stats,
 )
+from llmos_jax.data.lengths import with_lengths
 from llmos_jax.data.packing import PackedRows
 from llmos_jax.errors import ConfigError, DataError
 
@@ -92,14 +93,14 @@ def test_rows_are_padded_with_weight_zero_in_a_segment_of_its_own(tmp_path):
 def test_what_fits_is_packed_tightly(tmp_path):
     sizes = np.random.default_rng(0).integers(20, 400, 2000)
     stats = packing_stats(chat_file(tmp_path, [talk(n) for n in sizes]), 512)
-    assert stats["conversations"] == 2000
+    assert stats["documents"] == 2000
     assert stats["fill"] > 0.98
 
 
 def test_a_cut_that_leaves_no_answer_drops_the_conversation(tmp_path):
     talks = [talk(20, 4), talk(20, 15), talk(5)]
     stats = packing_stats(chat_file(tmp_path, talks), 8)
-    assert (stats["conversations"], stats["cut"], stats["dropped"]) == (2, 1, 1)
+    assert (stats["documents"], stats["cut"], stats["dropped"]) == (2, 1, 1)
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(DataError, match=r"first 8 tokens. Raise batch\.seq_len"):
@@ -168,3 +169,95 @@ def test_evaluation_reads_every_row_in_order(file):
 def test_a_stride_is_for_text(file):
     with pytest.raises(ConfigError, match="conversations are scored whole"):
         next(evaluation_batches(file, seq_len=32, batch=1, stride=4))
+
+
+def text_file(folder, sizes, **marks):
+    """Documents of `sizes` tokens, the mark 9 that begins them included."""
+    ids = [token for size in sizes for token in (9, *range(10, 9 + size))]
+    path = folder / "train.bin"
+    np.array(ids, np.uint16).tofile(path)
+    return TokenFile(
+        path=path,
+        dtype="uint16",
+        num_tokens=len(ids),
+        num_bytes=len(ids),
+        num_documents=len(sizes),
+        fingerprint=f"f00d{len(ids)}",
+        **{"end_id": 9, **marks},
+    )
+
+
+def packed_text(folder, sizes, **marks):
+    return with_lengths(text_file(folder, sizes, **marks), folder, [].append)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    seq_len=st.integers(4, 40),
+)
+def test_every_token_of_text_is_in_one_row_once(tmp_path_factory, sizes, seq_len):
+    file = packed_text(tmp_path_factory.mktemp("t"), sizes)
+    assert file.open_lengths().tolist() == sizes
+    rows = PackedRows(file, seq_len)
+    found = [one for row in range(len(rows)) for one in conversations_of(rows[row])]
+    wanted = []
+    for size in sizes:
+        ids = [9, *range(10, 9 + size), 9]  # after the last token, the end
+        for start in range(0, size, seq_len):
+            end = min(start + seq_len, size)
+            learned = [1.0] * (end - start)
+            wanted.append((ids[start:end], ids[start + 1 : end + 1], learned))
+    assert sorted(found) == sorted(wanted)
+
+
+def test_a_document_that_fits_is_not_cut(tmp_path):
+    file = packed_text(tmp_path, [5, 3, 7, 2, 9])
+    rows = [PackedRows(file, 8)[row] for row in range(4)]
+    assert rows[0]["inputs"].tolist() == [9, 10, 11, 12, 13, 14, 15, 16]
+    assert rows[1]["inputs"].tolist() == [9, 10, 11, 12, 13, 14, 15, 17]
+    assert packing_stats(file, 8) == {
+        "rows": 4,
+        "documents": 5,
+        "cut": 1,
+        "dropped": 0,
+        "fill": 26 / 32,
+    }
+
+
+def test_a_packed_document_ends_with_what_the_model_says_there(tmp_path):
+    file = packed_text(tmp_path, [3, 2], stop_id=8)
+    row = PackedRows(file, 6)
+    assert row[0]["inputs"].tolist() == [9, 10, 11, 9, 10, 0]
+    assert row[0]["targets"].tolist() == [10, 11, 8, 10, 8, 0]
+    assert row[0]["segments"].tolist() == [0, 0, 0, 1, 1, 2]
+    assert row[0]["weights"].tolist() == [1, 1, 1, 1, 1, 0]
+
+
+def test_packed_text_goes_on_at_any_step_and_only_as_packed(tmp_path):
+    sizes = np.random.default_rng(1).integers(1, 90, 150)
+    file = packed_text(tmp_path, sizes)
+    (whole,) = batches(file, 21, packing="best_fit")[20:]
+    source = TrainBatches(
+        file, seq_len=32, global_batch=6, seed=3, packing="best_fit", rows=[4, 1]
+    )
+    source.set_state({**source.get_state(), "step": 20})
+    part = next(source)
+    assert_equal({name: array[[4, 1]] for name, array in whole.items()}, part)
+    state = source.get_state()
+    source.close()
+    other = TrainBatches(file, seq_len=32, global_batch=6, seed=3)
+    with pytest.raises(DataError, match="packing was best_fit when"):
+        other.set_state(state)
+    old = {
+        k: v for k, v in other.get_state().items() if k not in ("packing", "weights")
+    }
+    other.set_state(old)
+    other.close()
+
+
+def test_documents_that_cannot_be_told_apart_are_not_packed(tmp_path):
+    with pytest.raises(
+        DataError, match="no end mark.*document_mask out, and data.pack"
+    ):
+        packed_text(tmp_path, [3, 4], end_id=None)

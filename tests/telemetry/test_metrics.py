@@ -115,5 +115,5 @@ def test_a_full_disk_is_one_error(tmp_path):
     with pytest.raises(TrainingError, match="No space left on device"):
         with MetricsWriter(tmp_path) as writer:
             writer._file.close()
-            writer._file = Path("/dev/full").open("w")
+            writer._file = Path("/dev/full").open("wb", buffering=0)
             writer.write({"step": 1})
