@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from llmos_jax import hardware
+from llmos_jax import hardware, stores
 from llmos_jax.config import (
     BatchSection,
     LoraSection,
@@ -37,6 +38,7 @@ from llmos_jax.ir import (
     Workload,
     fingerprint_of,
 )
+from llmos_jax.places import cache_folder
 
 if TYPE_CHECKING:
     from llmos_jax.interchange import OpenedModel
@@ -53,6 +55,7 @@ def open_model(name: str) -> OpenedModel:
     """
     from llmos_jax import bundle, interchange
 
+    name = brought(name)
     if bundle.is_bundle(name):
         return bundle.open_bundle(name)
     if interchange.is_foreign(name):
@@ -62,10 +65,30 @@ def open_model(name: str) -> OpenedModel:
     return checkpoint.open_checkpoint(name)
 
 
+@lru_cache(maxsize=8)  # a verb asks several times
+def brought(name: str) -> str:
+    """Where a model lies here: of a Bundle or a Hugging Face folder in an object store,
+    a copy, of which only what differs is fetched again. Other names stay as they are.
+
+    Raises:
+        StoreError: the store does not answer, or refuses.
+    """
+    if not stores.is_remote(name):
+        return name
+    url = name.rstrip("/")
+    pages = ("bundle.json", "config.json")
+    if not any(stores.exists(f"{url}/{page}") for page in pages):
+        return name
+    folder = cache_folder() / "models" / fingerprint_of(url) / url.rpartition("/")[2]
+    stores.download_folder(url, folder)
+    return str(folder)
+
+
 def inspect(name: str) -> dict[str, Any]:
     """What a model with weights holds, as plain figures."""
     from llmos_jax import bundle, checkpoint, interchange
 
+    name = brought(name)
     if bundle.is_bundle(name):
         return bundle.inspect(name)
     if interchange.is_foreign(name):
@@ -82,6 +105,7 @@ def lineage(name: str) -> dict[str, Any]:
     from llmos_jax import bundle, checkpoint, interchange
 
     path = str(Path(name).expanduser().absolute())
+    name = brought(name)
     if bundle.is_bundle(name):
         page = bundle.open_bundle(name).page
         return {"bundle": path, "fingerprint": page.fingerprint} | {
@@ -126,7 +150,7 @@ def lay_over(opened: OpenedModel, adapter: str) -> OpenedModel:
 def has_weights(name: str) -> bool:
     """Whether a model's name is a place with weights, not a mere description."""
     path = Path(name).expanduser()
-    return path.is_dir() or path.suffix == ".gguf"
+    return stores.is_remote(name) or path.is_dir() or path.suffix == ".gguf"
 
 
 def usual_form(model: str, out: str) -> Literal["checkpoint", "hf", "gguf"]:
@@ -196,6 +220,7 @@ def resolve_model(name: str) -> ModelSpec:
         return load_model(name)
     from llmos_jax import bundle, interchange
 
+    name = brought(name)
     if bundle.is_bundle(name):
         return bundle.open_bundle(name).page.model
     if interchange.is_foreign(name):

@@ -337,8 +337,8 @@ class CheckpointStore:
 def _arrays() -> ocp.PyTreeCheckpointHandler:
     """How arrays are written; those of other formats are read by what they say.
 
-    Weights compress by 8 %, and zstd costs three times the processor time of writing
-    them as they are, which training wants (README.md).
+    Random floats compress by 8 %, and zstd costs three times the processor time of
+    writing them as they are, which training wants (README.md).
     """
     return ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from llmos_jax.cli.arguments import Arguments, parse
 from llmos_jax.errors import LlmosError
+from llmos_jax.telemetry import answering
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ def run_verb(
     live = speaks and not wants_json
     try:
         arguments = parse(parser, argv)
-        with contextlib.nullcontext() if live else _stdout_to_stderr():
+        with contextlib.nullcontext() if live else _stdout_to_stderr(wants_json):
             result = answer(arguments)
     except LlmosError as problem:
         return _fail(str(problem), problem.exit_code, wants_json)
@@ -62,13 +63,16 @@ def run_verb(
 
 
 @contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
+def _stdout_to_stderr(wants_json: bool) -> Iterator[None]:
     """Send what Python and what C++ libraries (Gloo) print meanwhile to stderr."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            answering(kept if wants_json else None),
+        ):
             yield
     finally:
         ctypes.CDLL(None).fflush(None)  # what C++ buffered belongs to stderr too

@@ -33,10 +33,11 @@ from llmos_jax.corpus.sides import SIDES, Split
 from llmos_jax.corpus.sift import Part, Sifting, sift
 from llmos_jax.corpus.units import Unit, cut_units, unit_bytes
 from llmos_jax.corpus.workers import in_order, num_workers
-from llmos_jax.data.corpus import BLOCK_TOKENS, MANIFEST, TOKENIZER, Corpus
+from llmos_jax.data.corpus import BLOCK_TOKENS, MANIFEST, TOKENIZER, Corpus, Shard
 from llmos_jax.data.tokenizer import Tokenizer, check_vocabulary
 from llmos_jax.data.tokens import TRAINER_BYTES, given_tokenizer, with_template
 from llmos_jax.data.trained import train_bpe
+from llmos_jax.errors import DataError
 from llmos_jax.interchange import ByteProgress
 
 REPORT = "report.json"
@@ -252,14 +253,37 @@ def _corpus(
 
 
 def _finished(out: Path, settings: dict[str, Any], say: Say) -> dict[str, Any]:
-    """Return the report of a whole corpus, if it is what is asked for."""
+    """Return the report of a whole corpus, if it is what is asked for.
+
+    Raises:
+        DataError: it is of other settings, or a shard was lost or altered since.
+    """
     corpus = Corpus.from_json(json.loads((out / MANIFEST).read_bytes()))
     were = corpus.made_by["settings"]
     check_settings(out, {**were, "code": None}, {**settings, "code": None})
+    damage = [
+        shard.name
+        for side in corpus.sides.values()
+        for shard in side.shards
+        if not _is_whole(out / shard.name, shard)
+    ]
+    if damage:
+        raise DataError(
+            f"{out} is finished, and {damage[0]} is missing or was altered since "
+            f"({len(damage)} of its shards). Delete the folder, and run tools/prepare "
+            "again: it makes the same shards."
+        )
     remove_work(out)
-    say(f"{out} is finished: nothing to do.")
+    say(f"{out} is finished and whole: nothing to do.")
     report: dict[str, Any] = json.loads((out / REPORT).read_bytes())
     return {**report, "out": str(out)}
+
+
+def _is_whole(path: Path, shard: Shard) -> bool:
+    if not path.is_file() or path.stat().st_size != shard.size:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
 
 
 def _made_by(

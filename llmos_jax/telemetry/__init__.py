@@ -17,6 +17,7 @@ from llmos_jax.telemetry.heartbeat import (
     open_heartbeat,
     read_heartbeat,
 )
+from llmos_jax.telemetry.leaving import answering, leave
 from llmos_jax.telemetry.metrics import MetricsWriter, read_metrics
 from llmos_jax.telemetry.plan_page import page_of_front, page_of_plan
 from llmos_jax.telemetry.progress import TrainProgress, log
@@ -30,7 +31,9 @@ __all__ = [
     "MetricsWriter",
     "Plot",
     "TrainProgress",
+    "answering",
     "environment",
+    "leave",
     "log",
     "loss_figure",
     "memory_figure",

@@ -12,9 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import NoReturn
 
 from llmos_jax.errors import TrainingError
+from llmos_jax.telemetry import leave
 
 _MEMORY = 100
 """Steps over which the running median of the loss is taken."""
@@ -181,19 +181,14 @@ class StopSignal:
         at_stake = self.at_stake
         lost = None if at_stake is None else at_stake()
         if lost is None:
-            _say_and_leave(f"stopped by SIGTERM. {self._nothing_lost()}", 0)
+            line = f"stopped by SIGTERM. {self._nothing_lost()}"
+            leave(line, 0, {"stopped_by": "SIGTERM"})
         else:
-            _say_and_leave(f"error: {lost}", 1)
+            leave(f"error: {lost}", 1, {"error": lost})
 
 
 def _behind(work: Callable[..., None], *arguments: object) -> None:
     threading.Thread(target=work, args=arguments, name="grace", daemon=True).start()
-
-
-def _say_and_leave(line: str, code: int) -> NoReturn:
-    """End the process from any thread; whatever hangs stays behind."""
-    os.write(2, f"{line}\n".encode())
-    os._exit(code)
 
 
 class Clock:

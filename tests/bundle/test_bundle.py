@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import server_process
 
-from llmos_jax import bundle, driver, resolve
+from llmos_jax import bundle, driver, resolve, stores
 from llmos_jax.bundle.machine import write_machine
 from llmos_jax.cli.main import main
 from llmos_jax.errors import BundleError, ConfigError
+
+pytest_plugins = ["object_store"]
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +168,12 @@ def test_altered_code_is_named_and_not_loaded(copy):
     path.write_bytes(b"native Code")
     with pytest.raises(BundleError, match=r"a\.program was altered"):
         bundle.open_bundle(copy).machine("these programs")
+
+
+def test_one_in_an_object_store_is_used_like_one_here(plain, object_store):
+    url = f"{object_store.url}/models/small"
+    stores.upload_folder(plain, url)
+    opened = resolve.open_model(url)
+    assert isinstance(opened, bundle.OpenedBundle) and resolve.has_weights(url)
+    assert resolve.resolve_model(url) == bundle.open_bundle(plain).page.model
+    opened.check()

@@ -155,6 +155,14 @@ def test_the_tool_prints_one_json_object(source, small_model, tmp_path):
     again = run_tool("quickstart", *small.flags(words))
     assert "nothing to do" in again.stderr
     assert f"--set data.train={out}" in again.stdout
+    shard = out / "train-00000.array_record"
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    damaged = run_tool("quickstart", *small.flags(words))
+    assert damaged.returncode == 2
+    assert f"{shard.name} is missing or was altered" in damaged.stderr
+    assert "Delete the folder" in damaged.stderr
 
 
 def test_the_tool_refuses_in_one_line(source, small_model, tmp_path):

@@ -179,11 +179,12 @@ def test_sigterm_before_the_first_step_ends_at_once_and_says_so(
     tmp_path, settings, begin
 ):
     folder = tmp_path / "run"
-    process = begin(settings(folder))
+    process = begin(settings(folder), TRAIN, "--json")
     wait_for(process, folder / "plan.json")
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    _, err = process.communicate(timeout=PATIENCE_S)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert json.loads(out) == {"stopped_by": "SIGTERM"}
     assert time.monotonic() - began < 5, "no wait for the compiler"
     assert process.returncode == 0, err
     assert "stopped by SIGTERM. Nothing had been trained yet; run again on" in err

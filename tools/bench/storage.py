@@ -44,7 +44,7 @@ def checkpoint(folder: Path) -> dict[str, float]:
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    from llmos_jax.checkpoint import CheckpointStore, Manifest
+    from llmos_jax.checkpoint import CheckpointStore, Manifest, Retention
     from llmos_jax.config import load_model
     from llmos_jax.data import bytes_tokenizer
 
@@ -72,7 +72,7 @@ def checkpoint(folder: Path) -> dict[str, float]:
     times: dict[str, list[float]] = {
         name: [] for name in ("save", "blocked", "restore", "st_write", "st_read")
     }
-    store = CheckpointStore(folder / "checkpoints", keep=1)
+    store = CheckpointStore(folder / "checkpoints", retention=Retention(keep=1))
     file = folder / "plain.safetensors"
     for step in range(ROUNDS):
         manifest = Manifest(
@@ -131,17 +131,70 @@ def train(folder: Path) -> dict[str, float]:
     plain = [s for n, s in steps.items() if n > 2 and n % EVERY not in (1, 2)]
     step_s = statistics.median(plain)
     spent = report["goodput_s"]
+    saves = -(-STEPS // EVERY)
     return {
         "step_s": step_s,
         "step_with_save_over_step": statistics.median(after) / step_s,
-        "waiting_for_data_over_stepping": spent.get("data", 0.0) / spent["stepping"],
+        "save_holds_the_loop_over_step": spent["saving"] / saves / step_s,
+        "waiting_for_data_over_stepping": spent["data_stall"] / spent["stepping"],
         "goodput": report["goodput"],
+    }
+
+
+def tokenize(folder: Path) -> dict[str, float]:
+    """Encode Python's documentation, ours and datasets.map, with two processes each."""
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "hf")
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    try:
+        import datasets
+    except ImportError:
+        sys.exit("error: `tokenize` compares with datasets: pip install datasets")
+    import tokenizers
+
+    from llmos_jax.corpus import encode_texts
+    from llmos_jax.data import read_documents, train_bpe
+
+    texts = [one.text for one in read_documents(["python-docs"], text_key="text")]
+    ours = train_bpe(texts, 8192)
+    own = json.loads(ours.to_json())
+    kept = ("version", "truncation", "padding", "added_tokens", "normalizer",
+            "pre_tokenizer", "post_processor", "decoder", "model")  # fmt: skip
+    plain = tokenizers.Tokenizer.from_str(json.dumps({key: own[key] for key in kept}))
+    rows = datasets.Dataset.from_dict({"text": texts})
+
+    def theirs(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        found = plain.encode_batch_fast(batch["text"], add_special_tokens=False)
+        return {"input_ids": [one.ids for one in found]}
+
+    def mapped() -> None:
+        rows.map(
+            *(theirs,), batched=True, num_proc=2, batch_size=64,
+            remove_columns=["text"], load_from_cache_file=False,
+        )  # fmt: skip
+
+    times: dict[str, list[float]] = {"ours": [], "map": []}
+    tokens = 0
+    for number in range(ROUNDS):
+        out = folder / f"corpus{number}"
+        start = time.perf_counter()
+        tokens = encode_texts(texts, ours, out, workers=2).num_tokens
+        times["ours"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        mapped()
+        times["map"].append(time.perf_counter() - start)
+        print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    return {
+        "bytes": sum(len(text.encode()) for text in texts),
+        "tokens_per_s": tokens / medians["ours"],
+        "against_datasets_map": medians["map"] / medians["ours"],
     }
 
 
 PARTS: dict[str, Callable[[Path], dict[str, float]]] = {
     "checkpoint": checkpoint,
     "train": train,
+    "tokenize": tokenize,
 }
 
 
