@@ -25,6 +25,7 @@ from llmos_jax.places import cache_folder
 from llmos_jax.stores.digests import sha256_of
 from llmos_jax.stores.fetch import Remote, fetch_to
 from llmos_jax.stores.objects import missing, stat
+from llmos_jax.stores.patience import above_0
 from llmos_jax.units import format_bytes
 
 # A judgement: room for a few corpora, and never more than half of a disk that others
@@ -87,19 +88,14 @@ def limit_bytes(root: Path) -> int:
     Raises:
         StoreError: LLMOS_CACHE_GIB is not a number above 0.
     """
-    text = os.environ.get("LLMOS_CACHE_GIB")
-    if text is None:
+    gib = above_0(
+        "LLMOS_CACHE_GIB",
+        f"GiB for copies of remote files, above 0; {DEFAULT_LIMIT_BYTES >> 30} or half "
+        "of the free disk if unset",
+    )
+    if gib is None:
         free = shutil.disk_usage(root).free + _held(root)
         return min(DEFAULT_LIMIT_BYTES, free // 2)
-    try:
-        gib = float(text)
-    except ValueError:
-        gib = 0.0
-    if not 0 < gib < float("inf"):
-        raise StoreError(
-            f"LLMOS_CACHE_GIB is {text!r}. Wanted GiB for copies of remote files, "
-            f"above 0; {DEFAULT_LIMIT_BYTES >> 30} or half of the free disk if unset."
-        )
     return int(gib * 2**30)
 
 

@@ -53,19 +53,31 @@ def patience_s() -> float:
     Raises:
         StoreError: LLMOS_STORE_PATIENCE_S is not a number above 0.
     """
-    text = os.environ.get("LLMOS_STORE_PATIENCE_S")
-    if text is None:
-        return PATIENCE_S
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise StoreError(
-            f"LLMOS_STORE_PATIENCE_S is {text!r}. Wanted seconds to go on trying, "
-            f"above 0; {PATIENCE_S:.0f} if unset."
+    return (
+        above_0(
+            "LLMOS_STORE_PATIENCE_S",
+            f"seconds to go on trying, above 0; {PATIENCE_S:.0f} if unset",
         )
-    return seconds
+        or PATIENCE_S
+    )
+
+
+def above_0(variable: str, wanted: str) -> float | None:
+    """Return the number that an environment variable holds; None: it is not set.
+
+    Raises:
+        StoreError: it is not a number above 0.
+    """
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise StoreError(f"{variable} is {text!r}. Wanted {wanted}.")
+    return number
 
 
 def persist(

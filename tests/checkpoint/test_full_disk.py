@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import small
+from small_disk import small_disk
 
 from llmos_jax import train as train_page
 from llmos_jax.checkpoint import find_checkpoint, inspect
@@ -16,18 +16,8 @@ from llmos_jax.checkpoint import find_checkpoint, inspect
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 24 MiB, where this machine lets us mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no `mount` on this machine")
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", 24) as folder:
+        yield folder
 
 
 def fill(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 import preparing
 import pytest
 import small
+from small_disk import small_disk
 
 from llmos_jax.corpus import units
 from llmos_jax.corpus.journal import locked
@@ -175,18 +176,8 @@ def test_the_tool_refuses_in_one_line(source, small_model, tmp_path):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 4 MiB, where this machine lets us mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no `mount` on this machine")
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", 4) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("left", [50_000, 900_000])

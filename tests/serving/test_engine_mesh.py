@@ -41,3 +41,24 @@ def test_an_engine_says_on_a_mesh_what_it_says_on_one_device(small_run: Path) ->
     finally:
         engine.stop()
     assert got == wanted
+
+
+def test_a_bundle_made_for_one_device_is_served_on_a_mesh(
+    small_run: Path, tmp_path: Path
+) -> None:
+    """It is planned anew; its page says the rest."""
+    sizes = ["serve.seats=2", "serve.step_tokens=16", "serve.cache_gib=0.01"]
+    out = str(tmp_path / "bundle")
+    one = [*sizes, "topology=cpu:1", "export.programs=false"]
+    driver.export(str(small_run), out, one)
+    opened, config = resolve.open_with_config(out, ["plan.mesh.tensor=8"])
+    assert config.serve.seats == 2 and config.topology is None
+    with engine_of(opened.skeleton, opened.params(dtype="float32")) as alone:
+        wanted = [answer.tokens for answer in asked(alone, REQUESTS)]
+    engine = service.make_ready(opened, config, driver.plan).engine()
+    try:
+        engine.wait_until_ready()
+        assert [answer.tokens for answer in asked(engine, REQUESTS)] == wanted
+        assert len(engine._runner._state.cache.k.addressable_shards) == 8
+    finally:
+        engine.stop()
