@@ -196,5 +196,12 @@ def inspect(name: str | Path) -> dict[str, Any]:
         "bytes": sum(facts.size for facts in page.files.values()),
         "programs": len(page.programs),
         "machines": len(machines),
+        "made_at": page.provenance.get("made_at", "unknown"),
+        "made_from": _first_value(page.provenance.get("parent")),
         "provenance": page.provenance,
     }  # fmt: skip
+
+
+def _first_value(parent: Any) -> str:
+    """Where a parent lay: the first thing that lineage says of it."""
+    return str(next(iter(parent.values()))) if parent else "unknown"

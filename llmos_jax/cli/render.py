@@ -74,7 +74,15 @@ def damage(report: dict[str, Any]) -> str:
 
 def _checkpoint(figures: dict[str, Any]) -> list[str]:
     """What a checkpoint holds; then a line for each of its steps."""
-    longer = {"steps", "arrays", "metrics", "data", "damaged", "set_aside"}
+    longer = {
+        "steps",
+        "arrays",
+        "metrics",
+        "data",
+        "damaged",
+        "set_aside",
+        "provenance",
+    }
     plain = {name: x for name, x in figures.items() if name not in longer}
     lines = [table({**plain, **figures.get("metrics", {})})]
     for one in figures.get("steps", ()):
