@@ -111,6 +111,7 @@ def test_training_goes_on_while_the_disk_is_full(
     assert inspect(str(run))["damaged"] == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_and_keeps_what_was_saved(
     disk, small_model, text_file
 ):

@@ -45,6 +45,7 @@ def test_a_bundle_is_served_without_compiling_anything(model, tmp_path):
         assert "compiled" in server.log, "the same programs came from elsewhere"
 
 
+@pytest.mark.slow
 def test_other_programs_read_what_is_exported_for_them(model, tmp_path):
     report = run("export", str(model), "--to", "hf", "--out", str(tmp_path / "hf"))
     assert report["form"] == "hf" and report["same_top1"] == 1

@@ -216,6 +216,7 @@ def test_sigterm_is_obeyed_in_time_or_the_loss_is_named(tmp_path, settings, begi
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_sigterm_during_an_evaluation_saves(tmp_path, settings, begin):
     """The evaluation is given up, not the steps."""
     folder = tmp_path / "run"

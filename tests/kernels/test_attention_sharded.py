@@ -24,6 +24,8 @@ from llmos_jax.models import Pass, along, annotated_by, skeleton
 from llmos_jax.models.attention import Attention, Sight, token_order
 from llmos_jax.rules import load_rules
 
+pytestmark = pytest.mark.slow
+
 RELATIVE = 1e-5
 """Of the largest entry; other orders of float32 sums."""
 

@@ -28,6 +28,8 @@ from llmos_jax.kernels.attention import (
 from llmos_jax.kernels.attention.context import PARTS
 from llmos_jax.kernels.target import Target, lowered_for
 
+pytestmark = pytest.mark.slow
+
 BFLOAT16_RELATIVE = 2e-2
 """Of the largest entry: weights, and the output of each visit, have 8 bits."""
 

@@ -188,6 +188,7 @@ def test_a_matrix_in_few_bits_is_its_numbers_times_its_scales(key: jax.Array) ->
     assert got.shape == w.shape
 
 
+@pytest.mark.slow
 def test_floats_of_a_quantized_model_give_its_logits(key: jax.Array) -> None:
     spec = replace(BASE, tied_embeddings=False, quantization=WAYS["int4"]).check()
     skeleton, params = models.skeleton(spec), quantized_params(spec, key)

@@ -312,6 +312,7 @@ def stepped(model: Any) -> Callable[[RouterWeights, int], tuple[Params, Any]]:
 Z_ALONE = RouterWeights(balance=0.0, z=0.1)
 
 
+@pytest.mark.slow
 def test_router_losses_move_the_router_and_not_the_reported_loss(stepped: Any) -> None:
     plain, before = stepped(Z_ALONE, 1)
     pushed, after = stepped(RouterWeights(balance=0.5, z=0.1), 1)

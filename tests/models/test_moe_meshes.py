@@ -23,6 +23,8 @@ from llmos_jax.models import annotated_by, moe
 from llmos_jax.models.annotate import along
 from llmos_jax.training.router import RouterWeights, router_losses
 
+pytestmark = pytest.mark.slow
+
 B, T = 8, 16
 
 KINDS: dict[str, Any] = {

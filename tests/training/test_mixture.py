@@ -43,6 +43,7 @@ def on_one_device(asked, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_packed_text_is_trained_on(asked, tmp_path, capsys):
     """As text with a document mask is: a loss that is a little lower after 8 steps."""
     texts = [*asked(tmp_path / "run"), "data.packing=best_fit", "train.steps=8"]
