@@ -109,11 +109,13 @@ def find_machine(folder: Path, identity: str) -> OpenedMachine | str:
             why = "another user made them (LLMOS_BUNDLE_KEY shares trust)"
             continue
         check_sizes(path.parent, page.files)
-        bad = damaged(path.parent, page.files)
+        signed_for = {_PAGE, *page.files}
+        bad = [one.name for one in path.parent.iterdir() if one.name not in signed_for]
+        bad += damaged(path.parent, page.files)
         if bad:
             raise BundleError(
-                f"{path.parent / bad[0]} was altered. Delete {path.parent}: its "
-                "programs are then compiled anew; or copy the Bundle again."
+                f"{path.parent / bad[0]} was altered or added. Delete {path.parent}: "
+                "its programs are then compiled anew; or copy the Bundle again."
             )
         return OpenedMachine(path.parent, page)
     return why

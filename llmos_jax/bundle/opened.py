@@ -149,9 +149,9 @@ def write_bundle(
         weights = write_arrays(partial, "weights", params)
         (partial / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
         (partial / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
-        page = replace(page, weights=tuple(weights))
-        write_page(partial, _with_files(partial, page))
-        filled = replace(fill(partial), weights=tuple(weights))
+        opening = _with_files(partial, replace(page, weights=tuple(weights)))
+        write_page(partial, opening)
+        filled = replace(fill(partial), weights=opening.weights, files=opening.files)
         write_page(partial, _with_files(partial, filled))
         partial.rename(folder)
     except OSError as problem:
@@ -164,14 +164,16 @@ def write_bundle(
 
 
 def _with_files(folder: Path, page: Bundle) -> Bundle:
-    """The page with the facts of every file that it answers for."""
+    """The page with the facts of every file that it answers for; those that it has
+    already are not read again."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in paths)
     files = {
-        str(path.relative_to(folder)): facts_of(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / PAGE
+        name: page.files.get(name) or facts_of(folder / name)
+        for name in names
+        if name != PAGE and not name.startswith(f"{MACHINES}/")
     }
-    kept = {name: x for name, x in files.items() if not name.startswith(f"{MACHINES}/")}
-    return replace(page, files=kept)
+    return replace(page, files=files)
 
 
 def inspect(name: str | Path) -> dict[str, Any]:

@@ -170,6 +170,12 @@ def test_altered_code_is_named_and_not_loaded(copy):
         bundle.open_bundle(copy).machine("these programs")
 
 
+def test_code_that_nobody_signed_for_is_named_and_not_loaded(copy):
+    (sealed(copy) / "b.program").write_bytes(b"native code")
+    with pytest.raises(BundleError, match=r"b\.program was altered or added"):
+        bundle.open_bundle(copy).machine("these programs")
+
+
 def test_one_in_an_object_store_is_used_like_one_here(plain, object_store):
     url = f"{object_store.url}/models/small"
     stores.upload_folder(plain, url)

@@ -10,6 +10,7 @@ store, and the same bytes written and read by `safetensors`, taking turns; media
 every few steps; what a save holds up, and what waiting for data takes.
 `tokenize`: the corpus room's two processes against `datasets.map(num_proc=2)` with the
 same tokenizer over the same documents; `datasets` is of `pip install datasets`.
+`--bundle DIR --only ''`: from `serve DIR` to /ready.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,6 +203,34 @@ def tokenize(folder: Path) -> dict[str, float]:
     }
 
 
+def ready(bundle: str) -> dict[str, float]:
+    """Seconds from `serve BUNDLE` until it takes requests; the first start warms up."""
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "llmos_jax.serve", bundle, "--port", "0"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        line = next((one for one in lines if one.startswith("serving ")), None)
+        if line is None:
+            sys.exit(f"error: {bundle} cannot be served; see: {' '.join(command)}")
+        while not _is_ready(line.rsplit(" at ", 1)[1].strip()):
+            time.sleep(0.02)
+        seconds.append(time.perf_counter() - start)
+        process.terminate()
+        process.communicate()
+    return {"ready_s": statistics.median(seconds[1:]), "worst_s": max(seconds[1:])}
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/ready", timeout=10):
+            return True
+    except OSError:
+        return False
+
+
 PARTS: dict[str, Callable[[Path], dict[str, float]]] = {
     "checkpoint": checkpoint,
     "train": train,
@@ -212,9 +243,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--bundle", help="a Bundle: how soon is it served?")
     arguments = parser.parse_args()
     found = {}
-    for name in arguments.only.split(","):
+    if arguments.bundle is not None:
+        found["ready"] = ready(arguments.bundle)
+    for name in filter(None, arguments.only.split(",")):
         folder = Path(tempfile.mkdtemp(prefix="llmos-storage-"))
         try:
             found[name] = PARTS[name](folder)
