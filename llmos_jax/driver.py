@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmos_jax import bundling, planner, resolve, rules, service
+from llmos_jax import bundling, compressing, planner, resolve, rules, service
 from llmos_jax.config import RunConfig
 from llmos_jax.errors import CheckpointError, DoesNotFit
 from llmos_jax.ir import Plan
@@ -27,16 +27,16 @@ from llmos_jax.resolve import (
     served,
     spec_of,
 )
+from llmos_jax.scoring import tell, windows_of
 
 if TYPE_CHECKING:
-    from llmos_jax.data import PreparedText, TokenStream
-    from llmos_jax.interchange import OpenedModel
+    from llmos_jax.data import PreparedText
     from llmos_jax.lowering import Program
-    from llmos_jax.models import Params, Skeleton
+    from llmos_jax.models import Skeleton
     from llmos_jax.server import ServerOptions
     from llmos_jax.serving import Sampling
     from llmos_jax.telemetry import Heartbeat
-    from llmos_jax.training import Distance, Outcome, Session, Windows
+    from llmos_jax.training import Outcome, Session
 
 
 def plan(config: RunConfig, verify: str = "estimate") -> Plan:
@@ -520,13 +520,13 @@ def _evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
         config.data, tokenizer, cache=cache_folder(), on_progress=log
     )
     chosen = plan(resolve.to_score(config))
-    windows = _windows(opened, config)
-    dtype, tell = config.train.compute_dtype, _tell("scoring", "batches")
+    windows = windows_of(opened, config)
+    dtype, say_so = config.train.compute_dtype, tell("scoring", "batches")
     report: dict[str, Any] = {"model": opened.skeleton.spec.name, "step": opened.step}
     if reference is None:
         scorer = training.open_scorer(opened.skeleton, chosen, dtype, windows)
         params = resolve.read_to_compute(opened, dtype, scorer.param_shardings)
-        score = scorer.score(params, text, on_progress=tell)
+        score = scorer.score(params, text, on_progress=say_so)
     else:
         scorer = training.open_comparison(
             opened.skeleton, reference.skeleton, chosen, dtype, windows
@@ -537,7 +537,7 @@ def _evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
             resolve.read_to_compute(opened, dtype, scorer.param_shardings),
             resolve.read_to_compute(reference, dtype, theirs),
         )
-        found = training.distance(scorer.sums(text, *both, on_progress=tell))
+        found = training.distance(scorer.sums(text, *both, on_progress=say_so))
         score = found.score
         report |= {
             "against": reference.skeleton.spec.name,
@@ -560,9 +560,6 @@ def _evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
 def compress(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Model -> a smaller checkpoint, and how far it is from what it was made of.
 
-    One device holds the model while it is made smaller. Nothing is written before the
-    result has been compared with its source, on the text that `evaluate` would take.
-
     Args:
         name: a model with weights, or a config whose `model` is one.
         overrides: config keys; `compress.*` say what is made.
@@ -570,139 +567,11 @@ def compress(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         CompressError: it is further from its source than `compress.max_kld`.
     """
-    from llmos_jax import __version__, checkpoint, compression, data, lowering
-    from llmos_jax.telemetry import log
+    from llmos_jax import lowering
 
     lowering.keep_compiled_programs()
     opened, config = resolve.open_to_compress(name, overrides)
-    asked, spec = config.compress, opened.skeleton.spec
-    how = compression.how_of(asked)
-    compression.quantized_spec(spec, how.quantization)
-    folder = checkpoint.new_folder(resolve.out_of(config))
-    text = data.prepare_scored(
-        config.data, opened.tokenizer, cache=cache_folder(), on_progress=log
-    )
-    batches = _calibration(opened, config) if how.is_calibrated else ()
-    chosen = plan(resolve.to_score(config))
-
-    clock = compression.Clock()
-    params = opened.params()
-    before = compression.num_bytes(params)
-    log(f"quantizing the {spec.num_layers} layers of {spec.name}")
-    made = compression.quantize(
-        *(opened.skeleton, params, how, batches), on_progress=_tell("quantizing")
-    )
-    del params  # read again in the dtype that is computed in: never in memory twice
-    clock.lap("quantize")
-    found = _distance_to(opened, made.skeleton, made.params, text, chosen, config)
-    clock.lap("evaluate")
-    compression.check_distance(found.kld, asked)
-
-    log(f"writing {folder}")
-    made_by = {"llmos_jax": __version__, "quantized_from": config.model}
-    checkpoint.save_model(
-        str(folder), made.skeleton, made.params, opened.tokenizer, made_by
-    )
-    return compression.write_report(
-        folder,
-        {
-            "model": spec.name,
-            "kind": asked.kind,
-            "out": str(folder),
-            **compression.sizes(opened.skeleton.table, before, made.params),
-            "perplexity": found.score.perplexity,
-            "perplexity_before": found.reference.perplexity,
-            "kld": found.kld,
-            "same_top1": found.same_top1,
-            "evaluated_tokens": found.score.tokens,
-            "calibration_tokens": made.calibration_tokens,
-            "errors": made.errors,
-            "seconds": clock.laps,
-            "made_by": made_by,
-            "config": config.to_json(),
-        },
-    )
-
-
-def _calibration(opened: OpenedModel, config: RunConfig) -> list[dict[str, Any]]:
-    """Sequences of the training side of a text, spread over it."""
-    from llmos_jax import data
-    from llmos_jax.telemetry import log
-
-    asked, spec, tokenizer = config.compress, opened.skeleton.spec, opened.tokenizer
-    section = replace(config.data, tokenizer="auto", test=())
-    if asked.calibration:
-        section = replace(section, train=asked.calibration, validation=())
-    text = data.prepare(
-        section,
-        own=tokenizer,
-        vocab_size=spec.vocab_size,
-        model_name=spec.name,
-        cache=cache_folder(),
-        on_progress=log,
-    ).train
-    rows = min(CALIBRATION_ROWS, asked.sequences)
-    found = data.evaluation_batches(
-        text,
-        seq_len=min(asked.seq_len, spec.max_seq_len),
-        batch=rows,
-        limit=-(-asked.sequences // rows),
-        begin_id=tokenizer.begin_id if tokenizer.marks.adds_bos else None,
-    )
-    return list(found)
-
-
-CALIBRATION_ROWS = 4
-"""Sequences that run at once, for memory's sake: attention and feed-forward blocks make
-more of a token than what lies between layers."""
-
-
-def _distance_to(
-    source: OpenedModel,
-    skeleton: Skeleton,
-    params: Params,
-    text: TokenStream,
-    chosen: Plan,
-    config: RunConfig,
-) -> Distance:
-    """How far a model in memory is from the one that it was made of."""
-    import jax
-
-    from llmos_jax import lowering, training
-
-    dtype = config.train.compute_dtype
-    scorer = training.open_comparison(
-        skeleton, source.skeleton, chosen, dtype, _windows(source, config)
-    )
-    everywhere = lowering.replicated(scorer.places.mesh)
-    both = (
-        jax.device_put(params, everywhere),
-        resolve.read_to_compute(source, dtype, scorer.param_shardings),
-    )
-    limit = config.compress.evaluate_batches
-    return training.distance(
-        scorer.sums(text, *both, limit=limit, on_progress=_tell("scoring", "batches"))
-    )
-
-
-def _windows(opened: OpenedModel, config: RunConfig) -> Windows:
-    """How a text is cut to be scored."""
-    from llmos_jax import training
-
-    tokenizer = opened.tokenizer
-    return training.Windows(
-        stride=config.evaluate.stride,
-        begin_id=tokenizer.begin_id if tokenizer.marks.adds_bos else None,
-        document_mask=config.data.is_masked,
-    )
-
-
-def _tell(what: str, things: str = "layers") -> Callable[[int, int], None]:
-    """Progress of long work, on stderr."""
-    from llmos_jax import training
-    from llmos_jax.telemetry import log
-
-    return training.said_now_and_then(log, what, things=things)
+    return compressing.quantized(opened, config, plan)
 
 
 def doctor(model: str | None) -> dict[str, Any]:

@@ -121,6 +121,11 @@ class TrainSection:
     router_z_weight: float = 0.001
     """Of the mean squared log-sum-exp of each router's logits (ST-MoE, arXiv
     2202.08906, section 3)."""
+    keep_zeros: bool = False
+    """Weights that a pruned model has lost stay lost."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a lower `checkpoint.best` (or
+    val_loss), and end with the checkpoint where it was lowest; None: train on."""
     explode_ratio: float = 3.0
     """Stop when the loss exceeds this many times its running median."""
     eval_every: int = 0
@@ -170,10 +175,104 @@ class EvaluateSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifySection:
+    """How a classifier is made and trained; its data are labelled (`[data]`)."""
+
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in order; empty: those of the training data."""
+    pooling: Literal["auto", "mean", "last", "max"] = "auto"
+    """How the features of all tokens become those of the text; `auto`: the last
+    token's of a decoder, else the mean."""
+    backbone: Literal["train", "frozen"] = "train"
+    """Of a model with weights: whether they learn beside the head (with `lora.rank`,
+    their factors do)."""
+    dropout: float = 0.3
+    """Share of features that are dropped in training, before the head and in layers."""
+    word_dropout: float = 0.1
+    """Share of tokens whose embedding is dropped in training."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over all classes (arXiv 1512.00567, 7)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced`: a class counts by the inverse of its share of the training data."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneSection:
+    """What `compress` with `compress.kind = "prune"` takes out of a model."""
+
+    method: Literal["wanda", "magnitude", "structured"] = "structured"
+    """`wanda` (arXiv 2306.11695) and `magnitude` make weights zero; `structured` makes
+    the model smaller: narrower or with fewer layers."""
+    sparsity: float = 0.5
+    """Share of the weights of each output that become zero."""
+    pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
+    """`2:4`: two of every four inputs of an output stay."""
+    keep: float = 0.67
+    """`structured`: share of the parameters that is to stay, about."""
+    shrink: tuple[Literal["ffn", "kv_heads", "embed", "layers"], ...] = (
+        "ffn",
+        "kv_heads",
+        "embed",
+        "layers",
+    )
+    """`structured`: what may become smaller."""
+    ffn_dim: int | None = None
+    num_kv_heads: int | None = None
+    embed_dim: int | None = None
+    num_layers: int | None = None
+    """Pins: the sizes of the new model; those without one are the planner's to find."""
+    multiple: int | None = None
+    """Widths are multiples of this; None: what the chip likes."""
+    candidates: int = 6
+    """Shapes that are cut and tried on the calibration text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillSection:
+    """Learn from what a larger model says, not from the text alone (arXiv 1503.02531).
+
+    loss = weight * T^2 * KL(teacher_T || student_T) + (1 - weight) * next token's.
+    """
+
+    teacher: str | None = None
+    """A model with weights over the same vocabulary; None: no teacher."""
+    temperature: float = 1.0
+    """T: logits are divided by it."""
+    weight: float = 0.5
+    """Of the teacher's part of the loss, 0 to 1."""
+    final_temperature: float | None = None
+    """Approached in a straight line until the last step; None: as at the beginning."""
+    final_weight: float | None = None
+    """The same of `weight`."""
+    top_k: int | None = None
+    """Keep the teacher's so many likeliest tokens of each position on disk, and train
+    without the teacher in memory; None: both models are in one step."""
+    cache: str | None = None
+    """With `top_k`: the folder they are kept in, for other runs, too; None: the run
+    folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QatSection:
+    """Train with matrices rounded as they will be stored (quantization-aware training):
+    gradients go straight through the rounding (arXiv 1308.3432)."""
+
+    weights: Literal["int8", "int4"] | None = None
+    """None: training does not round."""
+    group: int | None = None
+    """Inputs that share a scale; None: all inputs of an output."""
+    embedding: Literal["int8", "none"] = "int8"
+    head: Literal["int8", "none"] = "int8"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompressSection:
     """What `compress` makes of a model (llmos_jax/compression/README.md)."""
 
-    kind: Literal["quantize"] = "quantize"
+    kind: Literal["quantize", "prune", "distill"] = "quantize"
+    chain: tuple[Literal["prune", "distill", "train", "quantize", "export"], ...] = ()
+    """Several passes, each on what the one before made, in folders below
+    `compress.out`; finished ones are not done again. Empty: `kind` alone."""
     out: str | None = None
     """A new folder, for the checkpoint and report.json."""
     weights: Literal["int8", "int4", "float8"] = "int8"
@@ -292,9 +391,14 @@ class DataSection:
     validation_share: float = 0.01
     text_key: str = "text"
     """The field that holds the text in JSONL, Parquet and CSV."""
-    format: Literal["auto", "text", "chat"] = "auto"
+    format: Literal["auto", "text", "chat", "labelled"] = "auto"
     """`chat`: JSON lines of conversations, of which the assistant's answers are
-    learned; `auto`: chat where the first row has `messages_key`, else text."""
+    learned; `labelled`: rows of a text and its label, for classifiers; `auto`: chat
+    where the first row has `messages_key`, labelled for a classifier, else text."""
+    label_key: str = "label"
+    """The field that holds the label of a labelled row."""
+    label_until: str = ""
+    """Labels end where this begins: with ":", DESC:manner is DESC."""
     messages_key: str = "messages"
     """The field that holds the list of messages of a conversation."""
     chat_template: str | None = None
@@ -344,7 +448,11 @@ class RunConfig(Artefact):
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     data: DataSection = field(default_factory=DataSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    classify: ClassifySection = field(default_factory=ClassifySection)
     compress: CompressSection = field(default_factory=CompressSection)
+    prune: PruneSection = field(default_factory=PruneSection)
+    distill: DistillSection = field(default_factory=DistillSection)
+    qat: QatSection = field(default_factory=QatSection)
     export: ExportSection = field(default_factory=ExportSection)
     prepare: PrepareSection = field(default_factory=PrepareSection)
     supervise: SuperviseSection = field(default_factory=SuperviseSection)

@@ -8,7 +8,15 @@ from llmos_jax.ir.artefact import Artefact, fingerprint_of
 from llmos_jax.ir.facts import SECTIONS, Facts, axes_text, facts_of, facts_of_summary
 from llmos_jax.ir.front import Front, Prices, Slice
 from llmos_jax.ir.lock import PlanLock, fidelity_of, lock_of
-from llmos_jax.ir.model import LORA_TARGETS, Lora, ModelSpec, Quantization, RopeScaling
+from llmos_jax.ir.model import (
+    CLASSIFIERS,
+    LORA_TARGETS,
+    Classes,
+    Lora,
+    ModelSpec,
+    Quantization,
+    RopeScaling,
+)
 from llmos_jax.ir.neighbour import Neighbour
 from llmos_jax.ir.params import ParamRow, ParamTable
 from llmos_jax.ir.plan import (
@@ -31,6 +39,7 @@ from llmos_jax.ir.topology import Chip, Topology
 from llmos_jax.ir.workload import Phase, Workload
 
 __all__ = [
+    "CLASSIFIERS",
     "EXCHANGES",
     "LORA_TARGETS",
     "MESH_AXES",
@@ -41,6 +50,7 @@ __all__ = [
     "Artefact",
     "Candidate",
     "Chip",
+    "Classes",
     "Estimate",
     "Facts",
     "Front",

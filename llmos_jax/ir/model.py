@@ -64,6 +64,21 @@ class Quantization:
     """The head of an untied model, a scale for each token."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classes:
+    """What a classifier tells apart, and from what of a text it does."""
+
+    labels: tuple[str, ...]
+    """Names, in the order of its outputs."""
+    pooling: Literal["mean", "last", "max"] = "mean"
+    """How the features of all tokens become those of the text."""
+    is_frozen: bool = False
+    """Whether all but the head that gives the classes stays as it is."""
+
+
+CLASSIFIERS = ("lstm_classifier", "transformer_classifier")
+"""Families that are nothing but classifiers; a decoder with `classes` is one, too."""
+
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """Weights of a layer that may have factors beside them; of dense blocks, not of
 experts."""
@@ -73,7 +88,9 @@ experts."""
 class ModelSpec(Artefact):
     """One decoder-only transformer: RMSNorm, RoPE, grouped queries, a gated block.
 
-    With experts, `ffn_dim` is the width of each expert. The defaults are a Llama's.
+    With experts, `ffn_dim` is the width of each expert. The defaults are a Llama's. A
+    `transformer_classifier` is the same without a causal mask; of an `lstm_classifier`,
+    `ffn_dim` is the width of a direction's state, and heads mean nothing.
     """
 
     name: str
@@ -81,9 +98,9 @@ class ModelSpec(Artefact):
     num_layers: int
     embed_dim: int
     ffn_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    num_heads: int = 1
+    num_kv_heads: int = 1
+    head_dim: int = 2
     vocab_size: int
     max_seq_len: int
     rope_theta: float = 10000.0
@@ -129,6 +146,8 @@ class ModelSpec(Artefact):
     """Factors beside weights, which alone are trained."""
     quantization: Quantization | None = None
     """None: all weights are floating-point numbers."""
+    classes: Classes | None = None
+    """What it tells apart, in place of predicting tokens; None: it is no classifier."""
     source: str = ""
 
     def check(self) -> ModelSpec:
@@ -164,6 +183,7 @@ class ModelSpec(Artefact):
                 "RoPE rotates pairs."
             )
         self._check_window()
+        self._check_classes()
         self._check_lora()
         self._check_quantization()
         return self
@@ -178,6 +198,16 @@ class ModelSpec(Artefact):
             raise ConfigError(
                 f"model {self.name}: sliding_window = {self.sliding_window}; a token "
                 "sees at least itself."
+            )
+
+    def _check_classes(self) -> None:
+        if self.classes is None:
+            return
+        labels = self.classes.labels
+        if len(set(labels)) != len(labels) or len(labels) < 2:
+            raise ConfigError(
+                f"model {self.name}: its classes are {list(labels)}; a classifier "
+                "tells two or more apart, each with a name of its own."
             )
 
     def _check_lora(self) -> None:
