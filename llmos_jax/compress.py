@@ -38,21 +38,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 SHOWN = (
-    "model out bytes bytes_before bits_per_weight perplexity perplexity_before kld "
+    "model out made params params_before shape zeros bytes bytes_before "
+    "bits_per_weight decode_ms decode_ms_before perplexity perplexity_before kld "
     "same_top1 evaluated_tokens calibration_tokens"
 ).split()
 
 
 def _figures(report: dict[str, Any]) -> dict[str, Any]:
     """What a person wants to see at once, and where the rest is."""
-    means = {path: sum(of) / len(of) for path, of in report["errors"].items()}
-    worst = max(means, key=lambda path: means[path])
+    shown = {name: _words(report[name]) for name in SHOWN if name in report}
+    errors = report.get("errors", {})
+    means = {path: sum(of) / len(of) for path, of in errors.items()}
+    if means:
+        worst = max(means, key=lambda path: means[path])
+        shown["worst_matrix"] = f"{worst} (off by {means[worst]:.2%}, mean of layers)"
+    for row in report.get("chain", ()):
+        few = ("params", "bytes", "perplexity", "kld")
+        shown[row["link"]] = {name: row[name] for name in few if name in row}
+        shown[row["link"]] = _words(shown[row["link"]])
     return {
-        **{name: report[name] for name in SHOWN},
-        "worst_matrix": f"{worst} (off by {means[worst]:.2%}, mean of layers)",
+        **shown,
         "seconds": sum(report["seconds"].values()),
         "report": f"{report['out']}/report.json",
     }
+
+
+def _words(figure: Any) -> Any:
+    """A figure in one line."""
+    if not isinstance(figure, dict):
+        return figure
+    return ", ".join(f"{name} {value}" for name, value in figure.items())
 
 
 if __name__ == "__main__":

@@ -13,10 +13,20 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmos_jax import bundling, compressing, planner, resolve, rules, service
+from llmos_jax import (
+    bundling,
+    chaining,
+    classifying,
+    compressing,
+    planner,
+    resolve,
+    rules,
+    service,
+    teaching,
+)
 from llmos_jax.config import RunConfig
-from llmos_jax.errors import CheckpointError, DoesNotFit
-from llmos_jax.ir import Plan
+from llmos_jax.errors import CheckpointError, ConfigError, DoesNotFit
+from llmos_jax.ir import ModelSpec, Plan
 from llmos_jax.places import cache_folder
 from llmos_jax.resolve import (
     open_with_config,
@@ -39,13 +49,16 @@ if TYPE_CHECKING:
     from llmos_jax.training import Outcome, Session
 
 
-def plan(config: RunConfig, verify: str = "estimate") -> Plan:
+def plan(
+    config: RunConfig, verify: str = "estimate", *, spec: ModelSpec | None = None
+) -> Plan:
     """Config -> Plan. Touches devices only to learn what is here, if none is named.
 
     Args:
         config: what to plan for.
         verify: how it is proved: `estimate` (closed form), `probe` (few layers are
             compiled) or `compile` (the exact program is).
+        spec: another model than the config names.
 
     Raises:
         NoFeasiblePlan: nothing fits, by the estimate or by the compiler's word.
@@ -53,14 +66,15 @@ def plan(config: RunConfig, verify: str = "estimate") -> Plan:
     from llmos_jax import models
 
     topology = resolve_topology(config.topology)
-    skeleton = models.skeleton(served(spec_of(config), config, topology))
+    asked = spec_of(config) if spec is None else spec
+    skeleton = models.skeleton(served(asked, config, topology))
     workload = resolve_workload(config, skeleton.spec, topology)
     search = partial(
         planner.plan,
         skeleton.table,
         topology,
         workload,
-        rules.load_rules(config.rules or skeleton.spec.family, workload.phase),
+        rules.load_rules(config.rules or skeleton.spec.rules, workload.phase),
         pins_of(config),
     )
     if verify == "estimate":
@@ -206,6 +220,8 @@ def _train(
     config = training.refit(asked, may_drop=heartbeat is not None, say=say)
     skeleton = models.skeleton(resolve.trainable(spec_of(config)))
     origin = origin_of(config)
+    training.check_qat(skeleton.spec, config.qat)
+    teacher = teaching.teacher_of(config, skeleton.spec)
     chosen = plan(config)
     say(chosen.explain())
     folder = holds.enter_context(training.open_folder(config))
@@ -224,9 +240,17 @@ def _train(
         ledger.beat()
         say(line)
 
+    if skeleton.spec.classes is not None:
+        return classifying.train(
+            *(config, skeleton, chosen, folder, origin, ledger),
+            say=say,
+            tell=tell,
+            is_first=is_first,
+        )
+    own = origin or teacher
     text = data.prepare(
         config.data,
-        own=None if origin is None else origin.tokenizer,
+        own=None if own is None else own.tokenizer,
         vocab_size=skeleton.spec.vocab_size,
         model_name=skeleton.spec.name,
         cache=cache_folder(),
@@ -234,13 +258,23 @@ def _train(
     )
     if text.train.is_chat or config.data.packing == "best_fit":
         say(data.packing_text(text.train, config.batch.seq_len))
+    taught = None
+    if teacher is not None:
+        teaching.check_vocabulary(teacher, text.tokenizer, config)
+        taught = teaching.taught(teacher, config, chosen, plan)
     session = training.open_session(
-        skeleton, chosen, config, is_chat=text.train.is_chat
+        skeleton, chosen, config, is_chat=text.train.is_chat, taught=taught
     )
+    start = folder.resume_step
+    source: training.Source = training.text_batches(session, text, start)
+    if teacher is not None and config.distill.top_k is not None:
+        source = teaching.source_of(teacher, session, text, start, plan, tell)
     outcome = training.conduct(
         session,
-        text,
+        source,
         folder,
+        tokenizer=text.tokenizer,
+        figures=partial(training.text_figures, session, text),
         origin=origin,
         say=say,
         is_first=is_first,
@@ -293,6 +327,7 @@ def generate(
     sampling.check()
     lowering.keep_compiled_programs()
     opened, config = open_with_config(model, overrides)
+    resolve.check_speaks(opened.skeleton.spec, "generate")
     tokenizer = opened.tokenizer
     decoder = data.StreamDecoder(tokenizer)
     if is_chat:
@@ -352,6 +387,9 @@ def serve(
         opened, config = open_with_config(model, overrides)
         name = options.served_name or opened.skeleton.spec.name
         log(f"reading {model}")
+        if opened.skeleton.spec.classes is not None:
+            engine = service.open_classifier(opened, config, plan, max_queue=max_queue)
+            return server.run(engine, opened.tokenizer, name, options)
         ready = service.make_ready(opened, config, plan)
         if not lowering.is_first_process():
             ready.follow()
@@ -378,6 +416,7 @@ def export(
     if form != "bundle":
         return convert(model, out, overrides, form=form)
     opened, config = open_with_config(model, overrides)
+    resolve.check_speaks(opened.skeleton.spec, "export")
     return bundling.make_bundle(opened, config, out, plan, plan_document)
 
 
@@ -428,6 +467,7 @@ def _convert(
     from llmos_jax.telemetry import log
 
     opened, _ = open_with_config(model, overrides)
+    resolve.check_speaks(opened.skeleton.spec, "convert")
     form = form or resolve.usual_form(model, out)
     skeleton, tokenizer = opened.skeleton, opened.tokenizer
     if skeleton.spec.quantization is None:
@@ -494,9 +534,12 @@ SAME = 1e-3
 """Of the largest logit: how far the same bits may be off; 0 was always seen."""
 
 
-def evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
+def evaluate(
+    model: str, overrides: Sequence[str], *, predict: str | None = None
+) -> dict[str, Any]:
     """Model + text -> perplexity and bits per byte; with `evaluate.against` also how
-    far it is from another model.
+    far it is from another model. Of a classifier: accuracy, F1, who is taken for whom;
+    with `predict`, what it says of every text is written to that file.
 
     The text is `data.test`, else `data.validation`, else the part that the run itself
     held out; always cut with the model's own tokenizer.
@@ -506,14 +549,23 @@ def evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
     lowering.join_processes()
     lowering.keep_compiled_programs()
     with lowering.shared_fate():
-        return _evaluate(model, overrides)
+        return _evaluate(model, overrides, predict)
 
 
-def _evaluate(model: str, overrides: Sequence[str]) -> dict[str, Any]:
+def _evaluate(
+    model: str, overrides: Sequence[str], predict: str | None
+) -> dict[str, Any]:
     from llmos_jax import data, lowering, training
     from llmos_jax.telemetry import log
 
     opened, config = open_with_config(model, overrides)
+    if opened.skeleton.spec.classes is not None:
+        return classifying.evaluate(opened, config, plan, predict)
+    if predict is not None:
+        raise ConfigError(
+            f"--predict writes the classes of texts, and {model} is no classifier. "
+            "Train one (configs/classify/), or ask it with generate."
+        )
     reference = resolve.reference_of(opened, config)
     tokenizer = opened.tokenizer
     text = data.prepare_scored(
@@ -571,6 +623,13 @@ def compress(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     lowering.keep_compiled_programs()
     opened, config = resolve.open_to_compress(name, overrides)
+    if config.compress.chain:
+        verbs = chaining.Verbs(plan=plan, document=plan_document, train=train)
+        return chaining.chained(config, overrides, verbs)
+    if config.compress.kind == "prune":
+        return compressing.pruned(opened, config, plan)
+    if config.compress.kind == "distill":
+        return compressing.trained(opened, config, plan, train)
     return compressing.quantized(opened, config, plan)
 
 
@@ -605,7 +664,9 @@ def _samples(
     if not lowering.is_only_process():
         return []
     speaker = serving.Generator(
-        session.skeleton, outcome.state.params, compute_dtype="float32"
+        session.skeleton,
+        session.used(outcome.state.params),
+        compute_dtype="float32",
     )
     wanted = session.config.generate
     sampling = serving.Sampling(

@@ -1,7 +1,8 @@
 """python -m llmos_jax.evaluate MODEL: score a model on text, or put it to tasks.
 
 The text is data.test, else data.validation (--set data.test=FILE), else the part that
-the model's own run held out. With --tasks, EleutherAI's lm-eval asks instead.
+the model's own run held out. With --tasks, EleutherAI's lm-eval asks instead. Of a
+classifier the texts are labelled; with --predict they need not be.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tasks-from", metavar="DIR", help="a folder with more tasks, as YAML files"
     )
     parser.add_argument(
+        "--predict",
+        metavar="FILE",
+        help="of a classifier: write what it says of every text, as JSON lines",
+    )
+    parser.add_argument(
         "--limit", type=int, metavar="N", help="ask only N documents of each task"
     )
 
@@ -36,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(arguments, flag) is not None:
                 name = flag.replace("_", "-")
                 raise ConfigError(f"--{name} says how --tasks run. Name some tasks.")
-        report = driver.evaluate(arguments.model, arguments.overrides)
-        return Answer(text=render.table(report), json=report)
+        report = driver.evaluate(
+            arguments.model, arguments.overrides, predict=arguments.predict
+        )
+        return Answer(text=render.scores(report), json=report)
 
     return run_verb(parser, argv, answer)
 

@@ -83,6 +83,7 @@ class LlmosLM(TemplateLM):
         lowering.keep_compiled_programs()
         words = overrides.split() if isinstance(overrides, str) else overrides
         self._opened, config = resolve.open_with_config(model, words)
+        resolve.check_speaks(self._opened.skeleton.spec, "evaluate --tasks")
         self._tokenizer = self._opened.tokenizer
         if batch_size is not None:
             count = _whole("batch_size", batch_size)

@@ -62,7 +62,7 @@ def frontier(
         models.param_table(spec),
         machines,
         workload,
-        rules.load_rules(config.rules or spec.family, workload.phase),
+        rules.load_rules(config.rules or spec.rules, workload.phase),
         resolve.pins_of(config),
         cost,
         on_progress,

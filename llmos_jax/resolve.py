@@ -18,6 +18,9 @@ import msgspec
 from llmos_jax import hardware, stores
 from llmos_jax.config import (
     BatchSection,
+    ClassifySection,
+    CompressSection,
+    DataSection,
     LoraSection,
     PlanSection,
     RunConfig,
@@ -29,6 +32,8 @@ from llmos_jax.config import (
 )
 from llmos_jax.errors import ConfigError
 from llmos_jax.ir import (
+    CLASSIFIERS,
+    Classes,
     Lora,
     ModelSpec,
     Pins,
@@ -180,8 +185,55 @@ def origin_of(config: RunConfig) -> OpenedModel | None:
 
 
 def spec_of(config: RunConfig) -> ModelSpec:
-    """The model of a config, with the factors that `[lora]` puts beside its weights."""
-    return with_lora(resolve_model(config.model), config.lora)
+    """The model of a config, with the factors that `[lora]` puts beside its weights and
+    the classes that labelled data have."""
+    return with_classes(with_lora(resolve_model(config.model), config.lora), config)
+
+
+def with_classes(spec: ModelSpec, config: RunConfig) -> ModelSpec:
+    """A classifier of the labels of `[classify]`, else its own, else those of the
+    training data; a model that predicts tokens as it is.
+
+    Raises:
+        DataError: the labels cannot be read, or are all the same.
+        ConfigError: a model that cannot classify, or only classifies.
+    """
+    asked, fmt = config.classify, config.data.format
+    is_classifier = spec.family in CLASSIFIERS or spec.classes is not None
+    if is_classifier and fmt not in ("auto", "labelled"):
+        raise ConfigError(
+            f"data.format = {fmt}: {spec.name} is a classifier, and learns from "
+            "labelled texts. Leave data.format out."
+        )
+    if not is_classifier and fmt != "labelled":
+        return spec
+    own = spec.classes.labels if spec.classes else ()
+    labels = asked.labels or own or _labels_of(config.data)
+    is_frozen = asked.backbone == "frozen"
+    if is_frozen and not has_weights(config.model):
+        raise ConfigError(
+            f"classify.backbone = frozen: model = {config.model} has no weights that "
+            "could stay as they are. Name a run, a Hugging Face folder or a GGUF file."
+        )
+    classes = Classes(labels=labels, pooling=_pooling(spec, asked), is_frozen=is_frozen)
+    return replace(spec, classes=classes).check()
+
+
+def _pooling(spec: ModelSpec, asked: ClassifySection) -> Literal["mean", "last", "max"]:
+    """As asked; else as the model does; else the last token of a decoder, which alone
+    has seen all others."""
+    if asked.pooling != "auto":
+        return asked.pooling
+    if spec.classes is not None:
+        return spec.classes.pooling
+    return "mean" if spec.family in CLASSIFIERS else "last"
+
+
+@lru_cache(maxsize=2)  # a verb asks several times
+def _labels_of(section: DataSection) -> tuple[str, ...]:
+    from llmos_jax.data.labelled import labels_of
+
+    return labels_of(section)
 
 
 def trainable(spec: ModelSpec) -> ModelSpec:
@@ -371,7 +423,8 @@ def open_to_compress(
         overrides: config keys.
     """
     if has_weights(name):
-        return open_with_config(name, overrides)
+        opened, config = open_with_config(name, overrides)
+        return opened, as_it_was_trained(opened, config, overrides)
     config = load_config(name, overrides).config
     if not has_weights(config.model):
         raise ConfigError(
@@ -380,7 +433,61 @@ def open_to_compress(
         )
     opened = open_model(config.model)
     adapter = config.lora.adapter
+    config = as_it_was_trained(opened, config, overrides)
     return (opened if adapter is None else lay_over(opened, adapter)), config
+
+
+def as_it_was_trained(
+    opened: OpenedModel, config: RunConfig, overrides: Sequence[str]
+) -> RunConfig:
+    """The config, with the rounding that the model's run trained it for (`[qat]`),
+    where nothing else is asked for: to nearest, without a search for scales.
+
+    Args:
+        opened: the model.
+        config: what `compress` is asked.
+        overrides: keys that are asked for by name; what a file sets to a key's default
+            cannot be told from the default.
+    """
+    if opened.config_path is None:
+        return config
+    trained = load_config(str(opened.config_path), []).config.qat
+    if trained.weights is None:
+        return config
+    asked, usual = config.compress, CompressSection()
+    given = {text.partition("=")[0].strip() for text in overrides}
+    names = ("weights", "group", "embedding", "head", "method", "clip")
+    free = {
+        name
+        for name in names
+        if f"compress.{name}" not in given
+        and getattr(asked, name) == getattr(usual, name)
+    }
+    if "weights" not in free and asked.weights != trained.weights:
+        return config
+    own: dict[str, Any] = {
+        "weights": trained.weights,
+        "group": trained.group,
+        "embedding": trained.embedding,
+        "head": trained.head,
+        "method": "nearest",
+        "clip": False,
+    }
+    chosen = {name: own[name] for name in names if name in free}
+    return replace(config, compress=replace(asked, **chosen))
+
+
+def check_speaks(spec: ModelSpec, verb: str) -> None:
+    """Refuse a classifier where tokens are to be predicted.
+
+    Raises:
+        ConfigError: naming what classifiers are for.
+    """
+    if spec.classes is not None:
+        raise ConfigError(
+            f"{spec.name} is a classifier, and {verb} is for models that predict "
+            "tokens. Use evaluate (--predict FILE) or serve (/v1/classify)."
+        )
 
 
 def out_of(config: RunConfig) -> str:
@@ -431,6 +538,29 @@ def to_serve(config: RunConfig) -> RunConfig:
     return replace(
         config, plan=replace(config.plan, phase="decode", mesh=mesh), batch=batch
     )
+
+
+def to_classify(config: RunConfig) -> RunConfig:
+    """The same run, planned for classifying with all seats taken.
+
+    Raises:
+        ConfigError: layers or texts split over devices, which has no program here.
+    """
+    asked = to_score(config)
+    mesh = {"stage": 1, "context": 1} | (config.plan.mesh or {})
+    for axis in ("stage", "context"):
+        if mesh[axis] != 1:
+            raise ConfigError(
+                f"plan.mesh.{axis} = {mesh[axis]}: a classifier is served split over "
+                "data, fsdp and tensor. Leave it out."
+            )
+    batch = replace(
+        config.batch,
+        global_=config.serve.seats,
+        per_device=None,
+        seq_len=_context(config),
+    )
+    return replace(asked, plan=replace(asked.plan, mesh=mesh), batch=batch)
 
 
 def _context(config: RunConfig) -> int:

@@ -7,7 +7,7 @@ a plan for decoding says. The first process leads, and the others follow.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from llmos_jax import resolve
 from llmos_jax.config import RunConfig
 from llmos_jax.config.schema import ServeSection
+from llmos_jax.errors import ConfigError
 from llmos_jax.ir import Plan, Topology
 
 if TYPE_CHECKING:
@@ -89,6 +90,63 @@ def make_ready(
         on_progress=log,
     )
     return Service(placed, ready, asked)
+
+
+def open_classifier(
+    opened: OpenedModel,
+    config: RunConfig,
+    plan: Callable[[RunConfig], Plan],
+    *,
+    max_queue: int | None = None,
+) -> Engine:
+    """An engine that classifies texts, and makes itself ready.
+
+    Args:
+        opened: a model with classes.
+        config: `[serve]`, the dtype and pins; texts are as long as in training
+            (`batch.seq_len`), if `serve.context` says nothing else.
+        plan: how it is split over several devices.
+        max_queue: texts that may wait; None: serving.MAX_QUEUE.
+
+    Raises:
+        ConfigError: several processes, few bits, or sizes that cannot be.
+    """
+    import jax
+
+    from llmos_jax import lowering, serving
+    from llmos_jax.telemetry import log
+
+    context = config.serve.context or config.batch.seq_len
+    config = replace(config, serve=replace(config.serve, context=context))
+    asked, dtype = config.serve, config.train.compute_dtype
+    if not lowering.is_only_process():
+        raise ConfigError(
+            f"{opened.skeleton.spec.name} is a classifier, and one process serves it; "
+            f"{jax.process_count()} were started. Start one, with its own devices, for "
+            "each copy."
+        )
+    if asked.weight_dtype not in ("float32", "bfloat16"):
+        raise ConfigError(
+            f"serve.weight_dtype = {asked.weight_dtype}: a classifier is served in "
+            "floating point. Leave it out."
+        )
+    lowering.keep_compiled_programs()
+    placement, shardings = None, None
+    if resolve.resolve_topology(config.topology).num_devices > 1:
+        chosen = plan(resolve.to_classify(config))
+        placement = chosen, lowering.device_mesh(chosen, jax.devices())
+        shardings = lowering.param_shardings(*placement)
+    return serving.open_classifier(
+        opened.skeleton,
+        resolve.read_to_compute(opened, dtype, shardings),
+        asked,
+        serving.Options(
+            max_queue=serving.MAX_QUEUE if max_queue is None else max_queue,
+            overlaps=asked.overlap,
+        ),
+        placement=placement,
+        on_progress=log,
+    )
 
 
 def identity_of(opened: OpenedModel, config: RunConfig) -> str:

@@ -54,7 +54,8 @@ def checkpoints_of(path: Path) -> Path:
 
 
 def find_checkpoint(name: str) -> Found:
-    """Open RUN, RUN/checkpoints or RUN/checkpoints/STEP; the latest step by default.
+    """Open RUN, RUN/checkpoints or RUN/checkpoints/STEP; the latest step by default, or
+    the best one of a run with `train.patience`.
 
     Raises:
         CheckpointError: nothing there, no committed checkpoint yet, or one whose files
@@ -89,4 +90,16 @@ def locate(name: str) -> Found:
             f"{name} holds no finished checkpoint. Let the run reach "
             "`checkpoint.every` steps, or name another folder."
         )
-    return Found(store, steps[-1])
+    best = store.best(_best_of(path), steps) if path != folder else None
+    return Found(store, steps[-1] if best is None else best)
+
+
+def _best_of(run: Path) -> str | None:
+    """The figure by which the model of a run is chosen; None: it is the latest."""
+    try:
+        config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        if config["train"].get("patience") is None:
+            return None
+        return str(config["checkpoint"].get("best") or "val_loss")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

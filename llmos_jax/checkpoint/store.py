@@ -181,6 +181,16 @@ class CheckpointStore:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         return {name: restored[name] for name in items}
 
+    def best(self, name: str | None, steps: list[int]) -> int | None:
+        """The first of some steps in which a figure was lowest; None: none has it."""
+        known = (
+            {}
+            if name is None
+            else {step: self._figures_of(step).get(name) for step in steps}
+        )
+        figures = {step: x for step, x in known.items() if x is not None}
+        return min(figures, key=lambda step: (figures[step], step), default=None)
+
     def is_sealed(self, step: int) -> bool:
         """Whether checkpoint `step` has checksums."""
         return is_sealed(self.path(step))

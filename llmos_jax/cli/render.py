@@ -30,6 +30,7 @@ def train_summary(report: dict[str, Any]) -> str:
             "",
         ]
     run = report["run_dir"]
+    lines += _classes(report)
     if "goodput_s" in report:
         lines += [_goodput(report["goodput"], report["goodput_s"]), ""]
     lines += [
@@ -39,11 +40,34 @@ def train_summary(report: dict[str, Any]) -> str:
         f"metrics      {run}/metrics.jsonl, {run}/tensorboard/",
         "",
         "next",
+        *_next(run, is_classifier="labels" in report),
+    ]
+    return "\n".join(lines)
+
+
+def _classes(report: dict[str, Any]) -> list[str]:
+    """How a classifier did on what it had not seen."""
+    lines = [
+        f"{name} texts   accuracy {report[f'{side}_accuracy']:.1%}, "
+        f"macro F1 {report[f'{side}_macro_f1']:.3f}"
+        for side, name in (("test", "test"), ("val", "held-out"))
+        if "labels" in report and f"{side}_accuracy" in report
+    ]
+    return [*lines, ""] if lines else []
+
+
+def _next(run: str, *, is_classifier: bool) -> list[str]:
+    if is_classifier:
+        return [
+            f"  python -m llmos_jax.evaluate {run} --predict predictions.jsonl "
+            "--set data.test=FILE",
+            f"  python -m llmos_jax.serve {run}",
+        ]
+    return [
         f'  python -m llmos_jax.generate {run} --prompt "def main():"',
         f"  python -m llmos_jax.evaluate {run}",
         f"  python -m llmos_jax.train --set run.dir={run}-2 --set data.train=FOLDER",
     ]
-    return "\n".join(lines)
 
 
 def doctor(report: dict[str, Any]) -> str:
@@ -126,3 +150,19 @@ def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def scores(report: dict[str, Any]) -> str:
+    """What an evaluation found; of a classifier, a line for each class, too."""
+    longer = {"labels", "classes", "confusion"}
+    lines = [table({name: x for name, x in report.items() if name not in longer})]
+    if "classes" not in report:
+        return lines[0]
+    width = max(len("class"), *(len(one["label"]) for one in report["classes"]))
+    lines += ["", f"{'class':<{width}}  texts  right     f1"]
+    for one in report["classes"]:
+        f1 = "-" if one["f1"] is None else f"{one['f1']:.3f}"
+        lines.append(
+            f"{one['label']:<{width}}  {one['texts']:>5}  {one['right']:>5}  {f1:>5}"
+        )
+    return "\n".join(lines)

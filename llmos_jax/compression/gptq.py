@@ -16,8 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from llmos_jax.compression.rounding import as_kept, best_scale, snapped
-from llmos_jax.kernels.int8_matmul.weight import Kind, Weight, rounded
+from llmos_jax.compression.rounding import best_scale
+from llmos_jax.kernels.int8_matmul.weight import (
+    Kind,
+    Weight,
+    kept_scale,
+    rounded,
+    snapped,
+)
 
 DAMPING = 0.01
 """Added to the diagonal of H, times its mean (GPTQ, section 3.3, step 3)."""
@@ -97,7 +103,7 @@ def _gptq(
         return w_KN - u_gK.T @ error_gN, (made_gN, scale_1N[0])
 
     _, (made_GgN, scale_GN) = jax.lax.scan(round_block, w_KN, jnp.arange(K // g))
-    return rounded(made_GgN.reshape(K, N), as_kept(scale_GN, group), kind)
+    return rounded(made_GgN.reshape(K, N), kept_scale(scale_GN, group), kind)
 
 
 def _round_rows(

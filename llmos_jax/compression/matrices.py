@@ -6,48 +6,14 @@ as [K, N], whatever heads it has.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-import jax
 import jax.numpy as jnp
 
 from llmos_jax.kernels.int8_matmul.weight import Weight
 from llmos_jax.models import Params
-
-LAYERS = "layers."
-"""What the paths of stacked parameters begin with."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matrix:
-    """One of the matrices that every layer has."""
-
-    path: str
-    """Without `layers.` before it."""
-    takes: str
-    """What goes in, by the name that models/project.py calls the product of; matrices
-    that take the same share one."""
-    contract: int = 1
-    """How many of its dimensions are inputs."""
-
-
-MATRICES = (
-    Matrix(path="attention.q", takes="query"),
-    Matrix(path="attention.k", takes="query"),
-    Matrix(path="attention.v", takes="query"),
-    Matrix(path="attention.o", takes="out", contract=2),
-    Matrix(path="ffn.gate", takes="ffn_gate"),
-    Matrix(path="ffn.up", takes="ffn_gate"),
-    Matrix(path="ffn.down", takes="ffn_out"),
-)
-"""In the order in which a token meets them."""
-
-
-def flat(w: jax.Array, matrix: Matrix) -> jax.Array:
-    """A matrix of one layer as float32 [K, N]."""
-    K = math.prod(w.shape[: matrix.contract])
-    return w.astype(jnp.float32).reshape(K, -1)
+from llmos_jax.models.matrices import LAYERS as LAYERS
+from llmos_jax.models.matrices import MATRICES as MATRICES
+from llmos_jax.models.matrices import Matrix as Matrix
+from llmos_jax.models.matrices import flat as flat
 
 
 def stored(weight: Weight, shape: tuple[int, ...], matrix: Matrix) -> Params:

@@ -34,7 +34,11 @@ from llmos_jax.compression.smooth import smoothed
 from llmos_jax.config.schema import CompressSection
 from llmos_jax.errors import ConfigError
 from llmos_jax.ir import ModelSpec, Quantization
-from llmos_jax.kernels.int8_matmul.weight import LARGEST, Weight, dequantized
+from llmos_jax.kernels.int8_matmul.weight import (
+    Weight,
+    dequantized,
+    quantized_table,
+)
 from llmos_jax.models import Params, Skeleton, skeleton
 
 Errors = dict[str, list[float]]
@@ -209,7 +213,7 @@ def _outer(params: Params, quantization: Quantization) -> Params:
         if path.startswith(LAYERS):
             continue
         if path == "embed.table" and quantization.embedding == "int8":
-            weight = _per_token(x)
+            weight = jax.jit(quantized_table)(x)
         elif path == "head.kernel" and quantization.head == "int8":
             weight = nearest(x.astype(jnp.float32), kind="int8", clip=False)
         else:
@@ -217,13 +221,3 @@ def _outer(params: Params, quantization: Quantization) -> Params:
             continue
         made |= {f"{path}.values": weight.values, f"{path}.scale": weight.scale}
     return made
-
-
-@jax.jit
-def _per_token(table_VD: jax.Array) -> Weight:
-    """A table with a scale for each token, and its tokens in front as before."""
-    w_VD = table_VD.astype(jnp.float32)
-    largest_V = jnp.max(jnp.abs(w_VD), axis=1)
-    scale_V = jnp.where(largest_V == 0, jnp.float32(1), largest_V / LARGEST["int8"])
-    values_VD = jnp.round(w_VD / scale_V[:, None]).astype(jnp.int8)
-    return Weight(values_VD, scale_V)

@@ -54,18 +54,27 @@ class Clock:
         self._last = now
 
 
-def check_distance(kld: float, asked: CompressSection) -> None:
+def check_distance(
+    kld: float, asked: CompressSection, made: str = "", remedy: str = ""
+) -> None:
     """Refuse what is too far from its source.
+
+    Args:
+        kld: mean KL divergence in nats.
+        asked: `max_kld`, and how it was quantized.
+        made: what it is; empty: a model in few bits.
+        remedy: what to try; empty: another way to quantize.
 
     Raises:
         CompressError: with both figures, and what to try.
     """
     if asked.max_kld is None or kld <= asked.max_kld:
         return
+    made = made or f"model in {asked.weights}"
     raise CompressError(
-        f"the model in {asked.weights} is {kld:.4g} nats from its source (mean KL "
+        f"the {made} is {kld:.4g} nats from its source (mean KL "
         f"divergence), and compress.max_kld = {asked.max_kld:g}. Nothing was written. "
-        f"Try {_remedy(asked)}, or allow more."
+        f"Try {remedy or _remedy(asked)}, or allow more."
     )
 
 
@@ -85,7 +94,10 @@ def _remedy(asked: CompressSection) -> str:
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """Write report.json beside a checkpoint, and return it."""
+    """Write report.json beside a checkpoint, whole or not at all, and return it."""
     text = json.dumps(report, indent=2) + "\n"
-    (folder / "report.json").write_text(text, encoding="utf-8")
+    path = folder / "report.json"
+    fresh = path.with_name("report.json.part")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
     return report

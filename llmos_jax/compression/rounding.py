@@ -11,7 +11,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llmos_jax.kernels.int8_matmul.weight import FLOAT8, LARGEST, Kind, Weight, rounded
+from llmos_jax.kernels.int8_matmul.weight import (
+    Kind,
+    Weight,
+    kept_scale,
+    largest_scale,
+    rounded,
+    snapped,
+)
 
 FACTORS: dict[Kind, tuple[float, ...]] = {
     "int8": (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7),
@@ -20,15 +27,6 @@ FACTORS: dict[Kind, tuple[float, ...]] = {
 }
 """Tried times the scale at which the largest weight is the largest number. float8 has
 the same relative steps at any scale."""
-
-
-def snapped(ratio: jax.Array, kind: Kind) -> jax.Array:
-    """The nearest numbers of a kind, as float32."""
-    if kind == "float8":
-        limit = LARGEST[kind]
-        return jnp.clip(ratio, -limit, limit).astype(FLOAT8).astype(jnp.float32)
-    low, high = (-8, 7) if kind == "int4" else (-127, 127)
-    return jnp.clip(jnp.round(ratio), low, high)
 
 
 def best_scale(
@@ -42,13 +40,7 @@ def best_scale(
         clip: search; else the largest weight becomes the largest number.
         importance_Gg: what the square of an error of each input counts; None: 1.
     """
-    index_G1N = jnp.argmax(jnp.abs(w_GgN), axis=1, keepdims=True)
-    largest_GN = jnp.take_along_axis(w_GgN, index_G1N, axis=1)[:, 0]
-    if kind == "int4":  # -8 to 7: the largest becomes -8, whatever its sign
-        first_GN = largest_GN / -LARGEST[kind]
-    else:
-        first_GN = jnp.abs(largest_GN) / LARGEST[kind]
-    first_GN = jnp.where(first_GN == 0, jnp.float32(1), first_GN)
+    first_GN = largest_scale(w_GgN, kind)
     if not clip or len(FACTORS[kind]) == 1:
         return first_GN
     factors = jnp.asarray(FACTORS[kind], jnp.float32)
@@ -101,9 +93,4 @@ def nearest(
     scale_GN = best_scale(
         w_KN.reshape(K // g, g, N), kind, clip=clip, importance_Gg=importance_Gg
     )
-    return rounded(w_KN, as_kept(scale_GN, group), kind)
-
-
-def as_kept(scale_GN: jax.Array, group: int | None) -> jax.Array:
-    """Scales as Weight has them: float32 [N], or bfloat16 [G, N]."""
-    return scale_GN[0] if group is None else scale_GN.astype(jnp.bfloat16)
+    return rounded(w_KN, kept_scale(scale_GN, group), kind)

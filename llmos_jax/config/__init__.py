@@ -11,6 +11,8 @@ from llmos_jax.config.load import (
 )
 from llmos_jax.config.schema import (
     BatchSection,
+    ClassifySection,
+    CompressSection,
     DataSection,
     LoraSection,
     PlanSection,
@@ -21,6 +23,8 @@ from llmos_jax.config.schema import (
 
 __all__ = [
     "BatchSection",
+    "ClassifySection",
+    "CompressSection",
     "DataSection",
     "Loaded",
     "LoraSection",

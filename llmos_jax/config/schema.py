@@ -204,7 +204,8 @@ class PruneSection:
     """`wanda` (arXiv 2306.11695) and `magnitude` make weights zero; `structured` makes
     the model smaller: narrower or with fewer layers."""
     sparsity: float = 0.5
-    """Share of the weights of each output that become zero."""
+    """Share of the weights that become zero: of each output (`wanda`), or of each
+    matrix (`magnitude`)."""
     pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
     """`2:4`: two of every four inputs of an output stay."""
     keep: float = 0.67
@@ -406,8 +407,8 @@ class DataSection:
     tokenizer: str = "auto"
     """`auto`: the one that the model came with, else `train`; `train`: a byte-level BPE
     with the model's vocabulary, trained on data.train and cached; `bytes`: 256 bytes
-    and an end mark; or the path of a tokenizer.json, a SentencePiece *.model or a
-    model's folder."""
+    and an end mark; `words`: of labelled texts, the words that occur at least twice; or
+    the path of a tokenizer.json, a SentencePiece *.model or a model's folder."""
     document_mask: bool = False
     """Tokens attend within their own document only; rows still hold several."""
     packing: Literal["concat", "best_fit"] = "concat"

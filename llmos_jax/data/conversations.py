@@ -15,7 +15,8 @@ import msgspec
 
 from llmos_jax.config.schema import DataSection
 from llmos_jax.data.document import Document
-from llmos_jax.data.readers import json_kind, near, read_rows
+from llmos_jax.data.fields import json_kind, near
+from llmos_jax.data.readers import read_rows
 from llmos_jax.data.sources import expand, find, local
 from llmos_jax.errors import DataError, did_you_mean
 from llmos_jax.stores import Remote

@@ -56,22 +56,22 @@ def documents() -> Iterator[Document]:
     Raises:
         DataError: this Python was installed without its library or reference.
     """
-    modules = _modules()
+    library = modules()
     for name, text in _chapters():
         yield Document(name=f"topics/{name}", text=text, group=f"topic {name} {_SALT}")
-    for name, path in modules:
-        text = _docstrings(name, _source(path))
+    for name, path in library:
+        text = _docstrings(name, source_of(path))
         if len(text) >= _FEWEST_DOC_CHARACTERS:
             yield Document(name=f"docs/{name}", text=text, group=_group(name))
-    for name, path in modules:
-        source = _source(path)
+    for name, path in library:
+        source = source_of(path)
         if source.strip():
             yield Document(name=f"source/{name}", text=source, group=_group(name))
 
 
 def fingerprint() -> list[Any]:
     """Return what the text depends on: the Python and the stamps of its files."""
-    files = [path for _, path in _modules()]
+    files = [path for _, path in modules()]
     stamps = [(str(path), path.stat()) for path in [*files, _reference()]]
     return [
         sys.version,
@@ -94,22 +94,22 @@ def _reference() -> Path:
     )
 
 
-def _modules() -> list[tuple[str, Path]]:
+def modules() -> list[tuple[str, Path]]:
     """Return (dotted name, path) of each module worth reading, sorted by name."""
     library = _library()
-    modules = []
+    found = []
     for path in library.rglob("*.py"):
         parts = path.relative_to(library).with_suffix("").parts
         if _SKIPPED_FOLDERS & set(parts[:-1]) or _SKIPPED_FILES.fullmatch(parts[-1]):
             continue
         name = ".".join(parts).removesuffix(".__init__")
-        modules.append((name, path))
-    if not modules:
+        found.append((name, path))
+    if not found:
         raise DataError(
             f"python-docs: no module source in {library}; this Python keeps its "
             "library elsewhere. Name your own text in data.train."
         )
-    return sorted(modules)
+    return sorted(found)
 
 
 def _group(module: str) -> str:
@@ -125,7 +125,7 @@ def _chapters() -> Iterator[tuple[str, str]]:
     seen: set[str] = set()
     chapters = {}
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-        text = _without_repeats(_plain(topics[name]), seen)
+        text = _without_repeats(plain(topics[name]), seen)
         if text:
             chapters[name] = text
     yield from sorted(chapters.items())
@@ -143,14 +143,14 @@ def _without_repeats(text: str, seen: set[str]) -> str:
     return f"{kept}\n" if 2 * len(kept) > len(text) else ""
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Take out reStructuredText's lines under titles, roles and doubled backticks."""
     text = re.sub(r"(?m)^([*=~^\"-])\1{3,}\n", "", text)
     text = re.sub(r":(?:\w+:)*\w+:`([^`]+)`", r"`\1`", text)
     return text.replace("``", "`")
 
 
-def _source(path: Path) -> str:
+def source_of(path: Path) -> str:
     """Return a module's source, or nothing where it is a table or not this Python's."""
     try:
         with tokenize.open(path) as file:
@@ -170,7 +170,7 @@ def _docstrings(module: str, source: str) -> str:
             tree = ast.parse(source)
         except SyntaxError:
             return ""
-    parts = [f"{name}\n\n{_plain(doc)}\n" for name, doc in _walk(tree, module)]
+    parts = [f"{name}\n\n{plain(doc)}\n" for name, doc in _walk(tree, module)]
     return "\n".join(parts)
 
 
@@ -180,13 +180,15 @@ def _walk(node: ast.Module | _Definition, name: str) -> Iterator[tuple[str, str]
         yield name, doc
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return
-    for definition in _definitions(node):
+    for definition in definitions(node):
         yield from _walk(definition, f"{name}.{definition.name}")
 
 
-def _definitions(node: ast.AST) -> Iterator[_Definition]:
+def definitions(node: ast.AST) -> Iterator[_Definition]:
+    """Yield the classes and functions of a module or class, also those that a
+    condition defines."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield child
         elif isinstance(child, ast.If | ast.Try):
-            yield from _definitions(child)
+            yield from definitions(child)

@@ -7,17 +7,17 @@ column.
 
 from __future__ import annotations
 
-import csv
 import gzip
-import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
-from llmos_jax.errors import DataError, did_you_mean
+from llmos_jax.data.fields import absent, json_kind, text_field
+from llmos_jax.data.tables import read_csv, read_parquet
+from llmos_jax.errors import DataError
 
 Reader = Callable[[Path, str], Iterator[tuple[str, str]]]
 
@@ -174,11 +174,8 @@ def _unpacked(path: Path) -> IO[bytes]:
 
 
 def _text_of(row: dict[str, Any], text_key: str, place: str) -> str:
-    if text_key not in row:
-        raise DataError(
-            f"{place}: no field {text_key!r}; the fields are {_listed(row)}."
-            f"{near(text_key, row)} Set data.text_key to the one that holds the text."
-        )
+    if problem := absent(place, "field", [text_field(text_key)], row):
+        raise problem
     text = row[text_key]
     if not isinstance(text, str):
         raise DataError(
@@ -197,81 +194,15 @@ def read_row_groups(
 ) -> Iterator[tuple[int, str]]:
     """Yield (row, text) of a Parquet file; of some of its row groups, in order: rows
     are then counted from 0 at the first of them."""
-    import pyarrow as pa  # heavy, and wanted by this reader alone
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if text_key not in schema.names:
-                raise DataError(
-                    f"{path}: no column {text_key!r}; the columns are "
-                    f"{_listed(schema.names)}.{near(text_key, schema.names)} "
-                    "Set data.text_key to the one that holds the text."
-                )
-            kind = schema.field(text_key).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise DataError(f"{path}: column {text_key!r} holds {kind}, not text.")
-            row = 0
-            for batch in file.iter_batches(
-                batch_size=1024, columns=[text_key], row_groups=groups
-            ):
-                for text in batch.column(0).to_pylist():
-                    yield row, text or ""
-                    row += 1
-    except (pa.ArrowException, UnicodeDecodeError) as problem:
-        raise DataError(f"{path} cannot be read as Parquet: {problem}") from None
+    for row, (text,) in read_parquet(path, [text_field(text_key)], groups):
+        yield row, text or ""
 
 
 def _read_csv(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
     """A table with a header; path:line is where a row ends."""
-    csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's 128 KiB
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = next(rows, [])
-            if text_key not in header:
-                raise DataError(
-                    f"{path}: no column {text_key!r}; the columns are "
-                    f"{_listed(header)}.{near(text_key, header)} "
-                    "Set data.text_key to the one that holds the text."
-                )
-            column = header.index(text_key)
-            for row in rows:
-                place = f"{path}:{rows.line_num}"
-                if row and len(row) != len(header):
-                    raise DataError(
-                        f"{place}: a row of {len(row)} fields under a header of "
-                        f"{len(header)}. Quote fields that hold {delimiter!r}."
-                    )
-                yield place, row[column] if row else ""
-        except csv.Error as problem:
-            raise DataError(
-                f"{path}:{rows.line_num}: not a row of a table: {problem}."
-            ) from None
-        except UnicodeDecodeError as problem:
-            raise DataError(
-                f"{path}: byte {problem.object[problem.start]:#04x} near line "
-                f"{rows.line_num} is not UTF-8 text. Convert the file "
-                "(`iconv -t utf-8`) or leave it out."
-            ) from None
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "none"
-
-
-def near(word: str, names: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` where a name is near; else nothing."""
-    hint = did_you_mean(word, names)
-    return hint if hint.startswith(" Did") else ""
-
-
-def json_kind(value: object) -> str:
-    """Name the kind of a JSON value, for messages."""
-    names = {dict: "JSON object", list: "list", str: "text", bool: "truth value"}
-    return names.get(type(value), "null" if value is None else "number")
+        for place, values in read_csv(file, path, [text_field(text_key)]):
+            yield place, (values[0] or "") if values else ""
 
 
 _BY_SUFFIX: dict[str, Reader] = {

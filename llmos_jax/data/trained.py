@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llmos_jax.data.marks import END_OF_TEXT
 from llmos_jax.data.tokenizer import Tokenizer
@@ -48,6 +48,34 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     inner.train_from_iterator(texts, trainer)
     return Tokenizer(inner)
+
+
+def train_words(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Take whole words, in small letters, that occur at least twice: the end mark, one
+    token for all other words, then words by how often they occur.
+
+    For classifiers of few texts: what a word seen once meant is learnt by heart, and
+    its pieces mislead. It gives no text back.
+    """
+    inner = tokenizers.Tokenizer(models.WordLevel(vocab={}, unk_token=UNKNOWN))
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase()]
+    )
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()  # words, and runs of punctuation
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size,
+        min_frequency=LEAST_OFTEN,
+        special_tokens=[END_OF_TEXT, UNKNOWN],
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return Tokenizer(inner)
+
+
+UNKNOWN = "<unk>"
+LEAST_OFTEN = 2
+"""On TREC an LSTM classifier had 89 % of the test set right with words seen at least
+twice, and 84 % with pieces of words (tools/bench/classify.py)."""
 
 
 def bytes_tokenizer() -> Tokenizer:

@@ -203,6 +203,11 @@ class ModelSpec(Artefact):
     def _check_classes(self) -> None:
         if self.classes is None:
             return
+        if self.family == "moe":
+            raise ConfigError(
+                f"model {self.name} has experts, and this release classifies with "
+                "dense models only."
+            )
         labels = self.classes.labels
         if len(set(labels)) != len(labels) or len(labels) < 2:
             raise ConfigError(
@@ -274,6 +279,12 @@ class ModelSpec(Artefact):
                 f"{self.name}'s matrices, {', '.join(map(str, widths))} wide. "
                 f"These do: {', '.join(map(str, fitting)) or 'none'}."
             )
+
+    @property
+    def rules(self) -> str:
+        """The file of sharding_rules/ that says how it may be split."""
+        is_headed = self.classes is not None and self.family == "llama"
+        return "transformer_classifier" if is_headed else self.family
 
     @property
     def is_sliding(self) -> tuple[bool, ...]:

@@ -15,6 +15,7 @@ from llmos_jax.lowering.devices import (
     measure_matmul_flops_per_s,
 )
 from llmos_jax.lowering.inspect import inspect
+from llmos_jax.lowering.lengths import ByLength
 from llmos_jax.lowering.measure import measured_topology
 from llmos_jax.lowering.mesh import device_mesh
 from llmos_jax.lowering.peers import shared_fate
@@ -32,6 +33,7 @@ from llmos_jax.lowering.topologies import compile_devices, quiet
 from llmos_jax.lowering.verify import compile_plan, probe_plan
 
 __all__ = [
+    "ByLength",
     "Collective",
     "Count",
     "MeshSharder",

@@ -8,9 +8,11 @@ from llmos_jax.models.annotate import (
     annotated_by,
     mesh_axes_of,
     per_shard,
+    ways_of,
 )
 from llmos_jax.models.attention import token_order
 from llmos_jax.models.cache import KVCache, empty_cache, empty_pages
+from llmos_jax.models.classes import Noise
 from llmos_jax.models.decoder import Decoder, Pass, Stack
 from llmos_jax.models.layers import capped
 from llmos_jax.models.moe import Routing
@@ -22,6 +24,7 @@ __all__ = [
     "Axes",
     "Decoder",
     "KVCache",
+    "Noise",
     "Params",
     "Pass",
     "Routing",
@@ -41,4 +44,5 @@ __all__ = [
     "per_shard",
     "skeleton",
     "token_order",
+    "ways_of",
 ]

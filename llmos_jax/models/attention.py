@@ -119,7 +119,7 @@ class Attention(nnx.Module):
             cache: keys and values of earlier tokens, or None.
             is_sliding: bool scalar; needed where layers differ.
         """
-        q_BTNH, k_BTKH, v_BTKH = self._projected(x_BTD)
+        q_BTNH, k_BTKH, v_BTKH = self.projected(x_BTD)
         sight = self._turned(sight, is_sliding)
         position_BT = sight.position_BT
         is_split = bool(mesh_axes_of("seq", x_BTD.shape[1]))
@@ -163,7 +163,7 @@ class Attention(nnx.Module):
         )
         return out_BTD, cache
 
-    def _projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, normed where the model norms them."""
         q_BTNH = project(
             *(x_BTD, self.q[...]),

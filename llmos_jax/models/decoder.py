@@ -18,6 +18,7 @@ from llmos_jax.ir import ModelSpec
 from llmos_jax.models.annotate import Axes, annotate
 from llmos_jax.models.attention import Attention, Sight, token_order
 from llmos_jax.models.cache import KVCache
+from llmos_jax.models.classes import ClassHead, Noise
 from llmos_jax.models.in_place import at_layer, left_whole
 from llmos_jax.models.layers import Embedding, FeedForward, Head, RMSNorm, capped
 from llmos_jax.models.moe import MoE, Routing
@@ -97,7 +98,7 @@ PLAIN = Pass()
 
 
 class Decoder(nnx.Module):
-    """Tokens in, logits (or features before the head) out."""
+    """Tokens in, logits (of tokens or classes, or features before the head) out."""
 
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         self.spec = spec
@@ -114,7 +115,11 @@ class Decoder(nnx.Module):
         self.final_norm = RMSNorm(
             spec.embed_dim, spec.norm_eps, offset=spec.norm_offset
         )
-        if not spec.tied_embeddings:
+        if spec.classes is not None:
+            self.classifier = ClassHead(
+                spec.classes, spec.embed_dim, "embed", rngs=rngs
+            )
+        elif not spec.tied_embeddings:
             self.head = Head(spec, rngs=rngs)
 
     def features(
@@ -157,6 +162,24 @@ class Decoder(nnx.Module):
             self.stack, self.embedded(tokens_BT), sight, how=how
         )
         return self.final_norm(x_BTD), routing
+
+    def class_logits(
+        self,
+        tokens_BT: jax.Array,
+        lengths_B: jax.Array,
+        noise: Noise | None = None,
+        how: Pass = PLAIN,
+    ) -> jax.Array:
+        """Return float32 [B, C] of a decoder with `classes`.
+
+        Args:
+            tokens_BT: int32, padded on the right, where no token of a text looks.
+            lengths_B: int32, tokens of each text, at least 1.
+            noise: in training; it falls on what goes into the head.
+            how: what a backward pass finds saved, and where.
+        """
+        features_BTD, _ = self.routed_features(tokens_BT, None, how)
+        return self.classifier(features_BTD, lengths_B, noise)
 
     def sight(
         self,

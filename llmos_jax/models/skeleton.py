@@ -18,11 +18,18 @@ from flax import nnx
 from llmos_jax.errors import ConfigError, did_you_mean
 from llmos_jax.ir import ModelSpec, ParamRow, ParamTable
 from llmos_jax.models.decoder import Decoder
+from llmos_jax.models.encoder import TransformerClassifier
+from llmos_jax.models.lstm import LstmClassifier
 
 Params = dict[str, jax.Array]
 """Parameter path -> array."""
 
-FAMILIES: dict[str, Callable[..., nnx.Module]] = {"llama": Decoder, "moe": Decoder}
+FAMILIES: dict[str, Callable[..., nnx.Module]] = {
+    "llama": Decoder,
+    "moe": Decoder,
+    "lstm_classifier": LstmClassifier,
+    "transformer_classifier": TransformerClassifier,
+}
 """Family name -> `constructor(spec, rngs=...)`."""
 
 
@@ -38,6 +45,11 @@ class Skeleton:
     spec: ModelSpec
     table: ParamTable
     graph: Any
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether its layers are a decoder's."""
+        return FAMILIES[self.spec.family] is Decoder
 
     def init(self, key: jax.Array) -> Params:
         """Draw fresh float32 parameters from a key; jit it with output shardings."""
@@ -116,8 +128,12 @@ def _flatten(state: nnx.State) -> Params:
 
 
 def _is_frozen(path: str, spec: ModelSpec | None) -> bool:
-    """With LoRA all but the factors are."""
-    return spec is not None and spec.lora is not None and "_lora." not in path
+    """With LoRA all but the factors are; of a classifier never its head."""
+    if spec is None or path.startswith("classifier."):
+        return False
+    if spec.lora is not None:
+        return "_lora." not in path
+    return spec.classes is not None and spec.classes.is_frozen
 
 
 def _table(name: str, module: nnx.Module, spec: ModelSpec | None) -> ParamTable:

@@ -128,7 +128,7 @@ def work_of(
     attention = _attention_s(layout, sizes, topology, workload, fitted)
     forward["context"] += share * tokens * attention
     byte_s = compute_bytes(workload) / hbm_rate(topology)
-    logits = share * tokens * sizes.vocab / layout.width_ways["vocab"]
+    logits = share * tokens * sizes.logits / layout.width_ways["vocab"]
     widths = tensor_widths(layout, sizes)
     return Work(
         forward=forward,

@@ -341,7 +341,7 @@ def _at_loss(
 ) -> Memory:
     """The head, its gradient, and the logits of one tile with their gradient."""
     compute = dtype_bytes(workload.compute_dtype)
-    vocab = sizes.vocab / layout.width_ways["vocab"]
+    vocab = sizes.logits / layout.width_ways["vocab"]
     if layout.mesh.stage > 1:
         n *= loss_parts(way) / layout.mesh.stage
     tile = n * vocab / way.loss_tiles
@@ -366,7 +366,7 @@ def _serve(
     tokens = workload.tokens / layout.batch_ways
     token = sizes.cached_bytes(workload.kv_dtype) / layout.width_ways["kv_heads"]
     layers = sizes.layers / layout.mesh.stage
-    vocab = sizes.vocab / layout.width_ways["vocab"]
+    vocab = sizes.logits / layout.width_ways["vocab"]
     return {
         "params": layout.served.kept,
         "KV cache": layers * token * sequences * workload.seq_len,

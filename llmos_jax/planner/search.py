@@ -262,8 +262,8 @@ def _expand(
             lost.append(Rejected(mesh=str(layout.mesh), reason=reason))
             continue
         logits = 4.0 * job.workload.seq_len * layout.batch_ways / layout.token_ways
-        logits *= job.sizes.vocab / layout.width_ways["vocab"] / layout.mesh.stage
-        head = 4.0 * job.sizes.embed * job.sizes.vocab / layout.width_ways["vocab"]
+        logits *= job.sizes.logits / layout.width_ways["vocab"] / layout.mesh.stage
+        head = 4.0 * job.sizes.embed * job.sizes.logits / layout.width_ways["vocab"]
         for group in ways_of(
             layout.mesh,
             job.sizes.layers // job.sizes.period,

@@ -64,6 +64,8 @@ class Sizes:
     kv_heads: int
     head_dim: int
     vocab: int
+    logits: int
+    """Numbers that a prediction is made of: tokens, or the classes of a classifier."""
     matmul_params: int
     """Parameters a token is multiplied with: not an untied embedding table, which is a
     lookup, nor the experts that were not chosen."""
@@ -137,6 +139,7 @@ def sizes_of(table: ParamTable) -> Sizes:
         kv_heads=axes.get("kv_heads", heads),
         head_dim=head_dim,
         vocab=axes.get("vocab", 0),
+        logits=axes.get("classes", axes.get("vocab", 0)),
         matmul_params=table.active_params - _lookup_params(table),
         experts=axes.get("experts", 0),
         experts_per_token=_chosen(table) if "experts" in axes else 0,
@@ -245,4 +248,5 @@ def _lookup_params(table: ParamTable) -> int:
 
 def _is_lookup(row: ParamRow, table: ParamTable) -> bool:
     tables = [row for row in without_scales(table).rows if "vocab" in row.axes]
-    return row in tables and row.axes[0] == "vocab" and len(tables) > 1
+    has_other_head = len(tables) > 1 or "classes" in table.axis_sizes()
+    return row in tables and row.axes[0] == "vocab" and has_other_head

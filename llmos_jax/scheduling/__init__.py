@@ -1,5 +1,6 @@
 """Who runs next and where their keys and values lie: plain Python, without jax."""
 
+from llmos_jax.scheduling.batching import Batching, Size, Sizes
 from llmos_jax.scheduling.request import (
     MOST_ALTERNATIVES,
     FinishReason,
@@ -25,6 +26,7 @@ from llmos_jax.scheduling.variant import (
 from llmos_jax.scheduling.work import NO_TOKEN, NOT_A_NUMBER, Drawn, Part, Work
 
 __all__ = [
+    "Batching",
     "Counters",
     "DRAWN",
     "Drawn",
@@ -45,6 +47,8 @@ __all__ = [
     "Sampling",
     "Scheduler",
     "Sequence",
+    "Size",
+    "Sizes",
     "Times",
     "VARIANTS",
     "Variant",

@@ -34,13 +34,13 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
-    """A prompt to be continued, or to be embedded."""
+    """A prompt to be continued, to be embedded, or a text to be classified."""
 
     id: str
     prompt: np.ndarray
     """int32 [T], T >= 1."""
     max_tokens: int
-    """At least 1; of an embedding 0."""
+    """At least 1; of an embedding or of classes 0."""
     sampling: Sampling = Sampling()
     stop_ids: frozenset[int] = frozenset()
     """An answer ends before one of these."""
@@ -54,7 +54,7 @@ class Request:
     """Lower ones go first."""
     deadline: float | None = None
     """When it is given up, in seconds of time.monotonic."""
-    wants: Literal["tokens", "embedding"] = "tokens"
+    wants: Literal["tokens", "embedding", "classes"] = "tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +92,8 @@ class Progress:
     """Why it failed: a sentence for who asked."""
     embedding: np.ndarray | None = None
     """float32 [D]: the mean of the final features of the prompt's tokens."""
+    class_logits: np.ndarray | None = None
+    """float32 [C]: one for each class, of a text that was classified."""
     times: Times | None = None
     """With a reason."""
     preemptions: int = 0

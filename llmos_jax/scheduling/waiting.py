@@ -48,6 +48,10 @@ class Waiting:
         heads = [line[0] for line in self._lines.values()]
         return min(heads, key=self._turn, default=None)
 
+    def in_turn(self) -> list[Sequence]:
+        """All who wait, who is next first."""
+        return sorted(self, key=self._turn)
+
     def _turn(self, head: Sequence) -> tuple[int, bool, float, int]:
         priority, order = _rank(head)
         # Who was preempted had its turn already.

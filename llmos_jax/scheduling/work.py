@@ -31,10 +31,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One dispatch: a `step` of any tokens, `decode` steps of a token each, or tokens
-    of one prompt to `embed`."""
+    """One dispatch: a `step` of any tokens, `decode` steps of a token each, tokens
+    of one prompt to `embed`, or whole texts to `classify`."""
 
-    kind: Literal["step", "decode", "embed"]
+    kind: Literal["step", "decode", "embed", "classify"]
     parts: tuple[Part, ...]
     steps: int = 1
     """Of decode, at most."""
@@ -48,7 +48,8 @@ class Drawn:
     """NO_TOKEN and NOT_A_NUMBER among them, as the programs say."""
     likelihoods: tuple[Likelihood, ...] = ()
     total: Any = None
-    """Of a part to embed: the sum of its features, float32 [D]."""
+    """Of a part to embed: the sum of its features, float32 [D]; of a text to classify:
+    its logits, float32 [C]."""
 
 
 NO_TOKEN = -1

@@ -35,6 +35,7 @@ class Piece:
     reason: FinishReason | None = None
     problem: str = ""
     embedding: np.ndarray | None = None
+    class_logits: np.ndarray | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,6 +47,7 @@ class Whole:
     reason: FinishReason = "cancelled"
     problem: str = ""
     embedding: np.ndarray | None = None
+    class_logits: np.ndarray | None = None
 
     def add(self, piece: Piece) -> None:
         """Take one more piece."""
@@ -56,6 +58,8 @@ class Whole:
             self.reason = piece.reason
         if piece.embedding is not None:
             self.embedding = piece.embedding
+        if piece.class_logits is not None:
+            self.class_logits = piece.class_logits
 
 
 class Choice:
@@ -115,6 +119,7 @@ class Choice:
             reason=self.reason,
             problem=progress.problem,
             embedding=progress.embedding,
+            class_logits=progress.class_logits,
         )
 
     def fail(self, why: str) -> Piece | None:

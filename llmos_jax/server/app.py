@@ -11,13 +11,14 @@ from starlette.routing import Route, Router
 
 from llmos_jax.data import Tokenizer
 from llmos_jax.server.chat import chat_completions
+from llmos_jax.server.classify import classify
 from llmos_jax.server.completions import completions
 from llmos_jax.server.door import Door, room_of
 from llmos_jax.server.embeddings import embeddings
-from llmos_jax.server.openapi import openapi
+from llmos_jax.server.openapi import CLASSIFYING, GENERATING, openapi
 from llmos_jax.server.options import ServerOptions
 from llmos_jax.server.page import headers, page
-from llmos_jax.server.refusals import RETRY_AFTER_S
+from llmos_jax.server.refusals import RETRY_AFTER_S, Refusal
 from llmos_jax.server.replies import ModelCard, ModelList, Status, json_response
 from llmos_jax.server.room import Engine, Room
 from llmos_jax.server.tokens import detokenize, tokenize
@@ -32,11 +33,26 @@ def make_app(
     """Return the ASGI app that serves a model; its `room` has the state."""
     options = (options or ServerOptions()).check()
     room = Room(engine, tokenizer, model_name, options)
+    others = GENERATING if room.is_classifier else CLASSIFYING
     routes = [
-        Route(path, endpoint, methods=[method]) for path, method, endpoint in ROUTES
+        Route(path, _other_kind if path in others else endpoint, methods=[method])
+        for path, method, endpoint in ROUTES
     ]
     paths = [path for path, _, _ in ROUTES]
     return Door(Router(routes, redirect_slashes=False), paths, room)
+
+
+async def _other_kind(http: HttpRequest) -> Response:
+    room = room_of(http)
+    does, paths = "generates text", GENERATING
+    if room.is_classifier:
+        does, paths = "classifies texts", CLASSIFYING
+    raise Refusal(
+        404,
+        f"{room.model_name} {does}, and {http.url.path} is for other models. POST to "
+        f"{' or '.join(paths)}.",
+        code="other_kind_of_model",
+    )
 
 
 async def _models(http: HttpRequest) -> Response:
@@ -97,17 +113,19 @@ async def _state(http: HttpRequest) -> Response:
 
 
 async def _openapi(http: HttpRequest) -> Response:
-    return json_response(openapi())
+    return json_response(openapi(is_classifier=room_of(http).is_classifier))
 
 
 async def _page(http: HttpRequest) -> Response:
-    return HTMLResponse(page(), headers=headers())
+    shown = page(is_classifier=room_of(http).is_classifier)
+    return HTMLResponse(shown, headers=headers())
 
 
 ROUTES = [
     ("/v1/completions", "POST", completions),
     ("/v1/chat/completions", "POST", chat_completions),
     ("/v1/embeddings", "POST", embeddings),
+    ("/v1/classify", "POST", classify),
     ("/v1/models", "GET", _models),
     ("/v1/models/{model:path}", "GET", _model),
     ("/tokenize", "POST", tokenize),

@@ -188,6 +188,7 @@ _READINGS: tuple[_Reading, ...] = (
         label=("kind", "measured"),
     ),
     _counter("step_seconds", "", "predicted_s", label=("kind", "predicted")),
+    _counter("classified_texts", "Texts classified.", "texts"),
     _counter("host_seconds", "Seconds that the device waited for the host.", "host_s"),
     _counter(
         "drafted_tokens",
@@ -351,6 +352,7 @@ class Metrics:
         state = self._state()
         yield from self._readings(state)
         yield self._cache_info()
+        yield self._batches(state)
         for name, histogram in self._histograms.items():
             for metric in histogram.collect():
                 yield self._copy(metric, name)
@@ -392,6 +394,13 @@ class Metrics:
             "kv_cache_max_concurrency": f"{_ratio(tokens, limits.context):.4g}",
         }
         metric.add_sample(metric.name, labels, 1.0)
+        return metric
+
+    def _batches(self, state: EngineState) -> Metric:
+        metric = Metric("llmos_batches", "Batches of texts, by their rows.", "counter")
+        for rows, count in state.batches.items():
+            labels = {**self._labels, "rows": str(rows)}
+            metric.add_sample("llmos_batches_total", labels, float(count))
         return metric
 
     def _copy(

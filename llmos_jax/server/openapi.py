@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -38,6 +39,8 @@ _POSTS = [
      protocol.ChatRequest, replies.Chat, replies.ChatChunk),
     ("/v1/embeddings", "createEmbedding", "Give a vector for each text.",
      protocol.EmbeddingRequest, replies.Embeddings, None),
+    ("/v1/classify", "createClassification", "Give the class of each text.",
+     protocol.ClassifyRequest, replies.TextClasses, None),
     ("/tokenize", "tokenize", "Give the ids of a text.",
      protocol.TokenizeRequest, replies.Tokenized, None),
     ("/detokenize", "detokenize", "Give the text of ids.",
@@ -45,11 +48,23 @@ _POSTS = [
 ]  # fmt: skip
 
 
+CLASSIFYING: tuple[str, ...] = ("/v1/classify",)
+"""What only a classifier does."""
+GENERATING: tuple[str, ...] = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/embeddings",
+)
+"""What only a language model does."""
+
+
 @cache
-def openapi() -> dict[str, Any]:
-    """Return the document."""
+def openapi(*, is_classifier: bool = False) -> dict[str, Any]:
+    """Return the document of a language model, or of a classifier."""
+    others = GENERATING if is_classifier else CLASSIFYING
+    posts = [post for post in _POSTS if post[0] not in others]
     shapes = [
-        *(shape for post in _POSTS for shape in post[3:] if shape is not None),
+        *(shape for post in posts for shape in post[3:] if shape is not None),
         replies.ErrorBody, replies.ModelList, replies.ModelCard, replies.Status,
     ]  # fmt: skip
     _, schemas = msgspec.json.schema_components(shapes, ref_template=_REF)
@@ -59,9 +74,13 @@ def openapi() -> dict[str, Any]:
         "info": {
             "title": "llmos_jax",
             "version": _version(),
-            "description": "A language model, served as OpenAI's API.",
+            "description": (
+                "A text classifier, served as vLLM's API."
+                if is_classifier
+                else "A language model, served as OpenAI's API."
+            ),
         },
-        "paths": {**_posts(), **_gets()},
+        "paths": {**_posts(posts), **_gets()},
         "components": {
             "schemas": schemas,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -69,7 +88,7 @@ def openapi() -> dict[str, Any]:
     }
 
 
-def _posts() -> dict[str, Any]:
+def _posts(posts: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
     return {
         path: {
             "post": {
@@ -84,7 +103,7 @@ def _posts() -> dict[str, Any]:
                 },
             }
         }
-        for path, name, summary, asked, body, chunk in _POSTS
+        for path, name, summary, asked, body, chunk in posts
     }
 
 
@@ -114,7 +133,7 @@ def _gets() -> dict[str, Any]:
         "/metrics": _get("metrics", "Figures for Prometheus.", text, {}),
         "/state": _get("state", "Figures for the page.", anything, {}),
         "/openapi.json": _get("openapi", "This document.", anything, {}),
-        "/": _get("page", "A page: live figures and a chat.", html, {}),
+        "/": _get("page", "A page: live figures, and a box to try.", html, {}),
     }  # fmt: skip
 
 
@@ -171,8 +190,13 @@ def _tell_inputs_apart(schemas: dict[str, Any]) -> None:
             {"type": "array", "items": ids, **most},
         ]
     }
-    schemas["CompletionRequest"]["properties"]["prompt"] = form
-    schemas["EmbeddingRequest"]["properties"]["input"] = form
+    for name, field in (
+        ("CompletionRequest", "prompt"),
+        ("EmbeddingRequest", "input"),
+        ("ClassifyRequest", "input"),
+    ):
+        if name in schemas:
+            schemas[name]["properties"][field] = form
 
 
 def _version() -> str:

@@ -1,4 +1,5 @@
-"""The page at `/`: what the engine does, live, and a box to talk to the model.
+"""The page at `/`: what the engine does, live, and a box to try the model: a chat, or
+for a classifier a text whose classes are shown as bars.
 
 One file without a build step that fetches nothing from elsewhere. Its script and its
 style are allowed by their hashes, so that nothing else can run in it.
@@ -14,9 +15,11 @@ from importlib import resources
 
 
 @functools.cache
-def page() -> str:
-    """Return the page as HTML."""
-    return resources.files(__package__).joinpath("page.html").read_text("utf-8")
+def page(*, is_classifier: bool = False) -> str:
+    """Return the page as HTML; what it shows hangs on one attribute of it."""
+    text = resources.files(__package__).joinpath("page.html").read_text("utf-8")
+    serves = "classes" if is_classifier else "tokens"
+    return text.replace("<html ", f'<html data-serves="{serves}" ', 1)
 
 
 @functools.cache

@@ -173,6 +173,23 @@ class EmbeddingRequest(Struct, kw_only=True):
     timeout: Annotated[float, Meta(gt=0, le=86400)] | None = None
 
 
+class ClassifyRequest(Struct, kw_only=True):
+    """vLLM's, and `top`."""
+
+    input: Inputs
+    model: str | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    """What is cut off; by default the end of a text."""
+    use_activation: bool | None = None
+    """False: logits in place of probabilities."""
+    top: Count | None = None
+    """Likeliest classes to name with each text."""
+    user: str | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    timeout: Annotated[float, Meta(gt=0, le=86400)] | None = None
+
+
 class TokenizeRequest(Struct, kw_only=True):
     """A prompt, or messages."""
 

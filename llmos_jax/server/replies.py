@@ -162,6 +162,35 @@ class Embeddings(Struct, kw_only=True):
     usage: EmbeddingUsage
 
 
+class ClassProbability(Struct, kw_only=True):
+    label: str
+    prob: float
+
+
+class TextClass(Struct, kw_only=True):
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+    top: list[ClassProbability] | UnsetType = UNSET
+
+
+class ClassifyUsage(Struct, kw_only=True):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int = 0
+
+
+class TextClasses(Struct, kw_only=True):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    labels: list[str]
+    data: list[TextClass]
+    usage: ClassifyUsage
+
+
 class ModelCard(Struct, kw_only=True):
     id: str
     object: Literal["model"] = "model"

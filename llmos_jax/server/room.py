@@ -93,6 +93,11 @@ class Room:
         self._post: Post | None = None
 
     @property
+    def is_classifier(self) -> bool:
+        """Whether the model gives classes, and not tokens."""
+        return bool(self.limits.labels)
+
+    @property
     def post(self) -> Post:
         """The post of the loop that runs."""
         loop = asyncio.get_running_loop()

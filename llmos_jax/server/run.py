@@ -94,6 +94,8 @@ async def _serve(app: Door, listener: socket.socket) -> dict[str, Any]:
 
 def _warm_up(room: Room) -> None:
     """Read the vocabulary for grammars, so that the first one need not wait."""
+    if room.is_classifier:
+        return
     with contextlib.suppress(ConfigError):  # said to whom asks for a grammar
         room.grammars.prepare()
 

@@ -1,6 +1,7 @@
 """Turn a model and prompts into text."""
 
 from llmos_jax.scheduling import NOT_A_NUMBER, Sampling
+from llmos_jax.serving.classifier import open_classifier
 from llmos_jax.serving.engine import MAX_QUEUE, Engine, Options
 from llmos_jax.serving.followers import follow
 from llmos_jax.serving.forward import DecoderForward, Forward, open_forward
@@ -83,6 +84,7 @@ __all__ = [
     "lower_paged_decode",
     "lower_prefill_step",
     "make_ready",
+    "open_classifier",
     "open_engine",
     "open_forward",
     "portable_programs",

@@ -15,11 +15,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from llmos_jax.errors import ConfigError, Overloaded, ServeError, Stopping
 from llmos_jax.scheduling import (
     MOST_ALTERNATIVES,
+    Batching,
+    Drawn,
     Hear,
     Progress,
     Request,
@@ -28,7 +30,6 @@ from llmos_jax.scheduling import (
     Work,
 )
 from llmos_jax.serving.choose import MOST_STOPS
-from llmos_jax.serving.dispatch import Runner, Sent
 from llmos_jax.serving.rates import Rates
 from llmos_jax.serving.shapes import MOST_GUESSES
 from llmos_jax.serving.state import EngineState, Limits, Stage
@@ -58,6 +59,24 @@ class Options(NamedTuple):
 DEFAULTS = Options()
 
 
+class Programs(Protocol):
+    """What is compiled."""
+
+    unplanned: int
+
+    def __len__(self) -> int: ...
+
+
+class Runner(Protocol):
+    """Sends works to the device, and reads what became of them."""
+
+    @property
+    def programs(self) -> Programs: ...
+    def send(self, work: Work) -> Any: ...
+    def read(self, sent: Any) -> tuple[Drawn, ...]: ...
+    def end(self) -> None: ...
+
+
 class Engine:
     """A model that answers requests until it is stopped."""
 
@@ -67,6 +86,8 @@ class Engine:
         room: Room,
         options: Options = DEFAULTS,
         *,
+        scheduler: Scheduler | Batching | None = None,
+        labels: tuple[str, ...] = (),
         prepare: Callable[[Callable[[], bool]], None] = lambda is_wanted: None,
         predict_step_s: Callable[[Work], float] | None = None,
         bytes_of: Callable[[Work], float] | None = None,
@@ -78,6 +99,8 @@ class Engine:
             runner: of the model.
             room: its sizes.
             options: what it may do.
+            scheduler: who runs when; None: a Scheduler over the room's pages.
+            labels: names of the classes that it tells apart; none: it makes tokens.
             prepare: what must be done first, on the engine's thread: all that compiles.
                 It asks now and then whether it is still wanted.
             predict_step_s: seconds that a work should take, by the plan.
@@ -92,9 +115,12 @@ class Engine:
             max_queue=options.max_queue,
             max_queued_tokens=options.max_queued_tokens,
             vocab_size=room.vocab_size,
+            labels=labels,
         )
         self._runner, self._options = runner, options
-        self._scheduler = Scheduler(room, keeps_prefixes=options.keeps_prefixes)
+        self._scheduler = scheduler or Scheduler(
+            room, keeps_prefixes=options.keeps_prefixes
+        )
         self._rates = Rates(predict_step_s, bytes_of, planned_bandwidth)
         self._inbox: deque[Callable[[float], None]] = deque()
         self._ids: set[str] = set()
@@ -197,6 +223,9 @@ class Engine:
         prompt, V = request.prompt, self.limits.vocab_size
         request.sampling.check()
         wants = 1 if request.wants == "tokens" else 0
+        if (request.wants == "classes") != bool(self.limits.labels):
+            has = "classes" if self.limits.labels else "tokens and embeddings"
+            raise ConfigError(f"this model gives {has}; {request.wants} were asked.")
         if len(prompt) < 1:
             raise ConfigError("the prompt is empty; give at least one token.")
         if request.max_tokens < wants:
@@ -262,7 +291,7 @@ class Engine:
             self._wake.notify_all()
 
     def _loop(self) -> None:
-        flying: deque[Sent] = deque()
+        flying: deque[Any] = deque()  # what the runner sent, in order
         while self._go_on(is_busy=bool(flying)):
             self._take_in()
             while flying and self._drafts():  # guesses follow what is known
@@ -330,11 +359,13 @@ class Engine:
             return 1
         return max(1, min(MOST_STEPS, int(DISPATCH_S / step_s)))
 
-    def _read(self, flying: deque[Sent]) -> None:
+    def _read(self, flying: deque[Any]) -> None:
         sent = flying.popleft()
         drawn = self._runner.read(sent)
         now = time.monotonic()
         tokens = sum(len(one.tokens) for one in drawn)
+        if sent.work.kind == "classify":
+            tokens = sum(part.sequence.prompt_tokens for part in sent.work.parts)
         self._rates.read(sent.work, tokens, now)
         self._scheduler.take(sent.work, drawn, now)
 

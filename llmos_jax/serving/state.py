@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Stage = Literal["starting", "ready", "draining", "failed", "stopped"]
@@ -24,6 +24,8 @@ class Limits:
     max_queued_tokens: int
     """Prompt tokens and answers that may wait."""
     vocab_size: int
+    labels: tuple[str, ...] = ()
+    """Names of the classes, of a classifier; a language model has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +69,7 @@ class EngineState:
     unplanned_compiles: int = 0
     programs: int = 0
     """Programs that are compiled."""
+    texts: int = 0
+    """That were classified."""
+    batches: dict[int, int] = field(default_factory=dict)
+    """Of a classifier, by their rows."""

@@ -4,6 +4,7 @@ Writing needs only the standard library; matplotlib, tensorboardX, jinja2 and ri
 imported where they are used, so that importing this package costs milliseconds.
 """
 
+from llmos_jax.telemetry.confusion import Confusion, class_rows, confusion_figure
 from llmos_jax.telemetry.environment import environment, versions
 from llmos_jax.telemetry.figures import (
     Plot,
@@ -24,6 +25,7 @@ from llmos_jax.telemetry.progress import TrainProgress, log
 from llmos_jax.telemetry.report import write_report
 
 __all__ = [
+    "Confusion",
     "PHASES",
     "Goodput",
     "Heartbeat",
@@ -32,6 +34,8 @@ __all__ = [
     "Plot",
     "TrainProgress",
     "answering",
+    "class_rows",
+    "confusion_figure",
     "environment",
     "leave",
     "log",

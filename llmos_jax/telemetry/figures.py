@@ -1,9 +1,10 @@
 """Turn metrics rows into figures: SVG text for a page, PNG bytes for a file.
 
 The SVG takes its colours from CSS variables of the page (`--ink`, `--muted`, `--grid`,
-`--first`, `--second`): one drawing serves light and dark. The PNG has the light ones.
-Blue and vermilion are Okabe and Ito's, told apart by every kind of colour vision
-(jfly.uni-koeln.de/color, 2008). Lines are labelled where they end: no legend to match.
+`--first`, `--second`, `--page`): one drawing serves light and dark. The PNG has the
+light ones. Blue and vermilion are Okabe and Ito's, told apart by every kind of colour
+vision (jfly.uni-koeln.de/color, 2008). Lines are labelled where they end: no legend to
+match.
 
 Caveats: with more than 800 rows each drawn point is the mean of a bin of steps, and the
 first fall of a loss curve may begin above the frame, so that its end can be read.
@@ -25,20 +26,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK, _MUTED, _GRID = "#1b2025", "#69717a", "#e3e6e9"
-_FIRST, _SECOND = "#0072b2", "#d55e00"
+INK, _MUTED, _GRID = "#1b2025", "#69717a", "#e3e6e9"
+FIRST, SECOND = "#0072b2", "#d55e00"
+PAGE = "#fefefe"
+"""The colour of the page, for text on something dark; not quite white, so that it is
+found in an SVG."""
 _CSS = {
-    _INK: "--ink",
+    INK: "--ink",
+    PAGE: "--page",
     _MUTED: "--muted",
     _GRID: "--grid",
-    _FIRST: "--first",
-    _SECOND: "--second",
+    FIRST: "--first",
+    SECOND: "--second",
 }
 _MAX_POINTS = 800
 _STYLE: Any = {
     "font.size": 8.5,
     "font.family": "sans-serif",
-    "text.color": _INK,
+    "text.color": INK,
     "axes.labelcolor": _MUTED,
     "axes.edgecolor": _GRID,
     "axes.spines.top": False,
@@ -72,18 +77,20 @@ def loss_figure(
     baselines: Mapping[str, float] | None = None,
     *,
     bytes_per_token: float | None = None,
+    unit: str = "nats per token",
 ) -> Plot:
     """Draw training and validation loss over steps.
 
     Args:
-        rows: metrics rows with `step` and `loss`, in nats per token.
-        evaluations: (step, validation loss in nats per token).
+        rows: metrics rows with `step` and `loss`, in `unit`.
+        evaluations: (step, validation loss in `unit`).
         baselines: name -> bits per byte, drawn as horizontal lines; they need
             `bytes_per_token`.
         bytes_per_token: of the validation text; with it the axis is bits per byte.
+        unit: of a loss.
     """
     scale = 1.0 if bytes_per_token is None else 1 / (math.log(2) * bytes_per_token)
-    unit = "nats per token" if bytes_per_token is None else "bits per byte"
+    unit = unit if bytes_per_token is None else "bits per byte"
     lines = dict(baselines or {}) if bytes_per_token is not None else {}
     steps, losses = _series(rows, "loss", scale)
     checks = [(step, loss * scale) for step, loss in evaluations if math.isfinite(loss)]
@@ -95,20 +102,20 @@ def loss_figure(
             labels.append((level, f"{name} {level:.2f}", _MUTED))
         if losses:
             smooth = _smooth(losses)
-            axes.plot(steps, losses, color=_FIRST, linewidth=0.6, alpha=0.3)
-            axes.plot(steps, smooth, color=_FIRST, linewidth=1.6)
-            labels.append((smooth[-1], f"training {smooth[-1]:.2f}", _FIRST))
+            axes.plot(steps, losses, color=FIRST, linewidth=0.6, alpha=0.3)
+            axes.plot(steps, smooth, color=FIRST, linewidth=1.6)
+            labels.append((smooth[-1], f"training {smooth[-1]:.2f}", FIRST))
         if checks:
             dots = "o" if len(checks) <= 40 else ""
             xs, ys = [step for step, _ in checks], [loss for _, loss in checks]
-            axes.plot(xs, ys, color=_SECOND, linewidth=1.3, marker=dots, markersize=3.5)
-            labels.append((ys[-1], f"validation {ys[-1]:.2f}", _SECOND))
+            axes.plot(xs, ys, color=SECOND, linewidth=1.3, marker=dots, markersize=3.5)
+            labels.append((ys[-1], f"validation {ys[-1]:.2f}", SECOND))
         axes.set_xlabel("step")
         axes.margins(x=0.01)
         _frame_end(axes, losses, [*lines.values(), *(loss for _, loss in checks[-3:])])
         _label_right(axes, labels)
 
-    return _draw(draw, f"Loss, {unit}", size=(5.4, 2.9))
+    return draw_plot(draw, f"Loss, {unit}", size=(5.4, 2.9))
 
 
 def throughput_figure(rows: Sequence[Mapping[str, Any]]) -> Plot:
@@ -121,7 +128,7 @@ def throughput_figure(rows: Sequence[Mapping[str, Any]]) -> Plot:
         title += f" (MFU {median(shares):.1%})" if shares else ""
 
     def draw(axes: Axes) -> None:
-        axes.plot(steps, rates, color=_FIRST, linewidth=1.2)
+        axes.plot(steps, rates, color=FIRST, linewidth=1.2)
         if rates:
             axes.axhline(median(rates), color=_MUTED, linewidth=0.9, dashes=(4, 3))
             axes.set_ylim(0, _nearly_all(rates) * 1.15)
@@ -129,7 +136,7 @@ def throughput_figure(rows: Sequence[Mapping[str, Any]]) -> Plot:
         axes.margins(x=0.01)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
-    return _draw(draw, title, size=(4.2, 2.4))
+    return draw_plot(draw, title, size=(4.2, 2.4))
 
 
 def memory_figure(estimate_memory: Mapping[str, float], limit_bytes: float) -> Plot:
@@ -142,7 +149,7 @@ def memory_figure(estimate_memory: Mapping[str, float], limit_bytes: float) -> P
     def draw(axes: Axes) -> None:
         below = 0.0
         for row, (_, size) in enumerate(parts):
-            axes.barh(row, size, left=below, height=0.62, color=_FIRST, linewidth=0)
+            axes.barh(row, size, left=below, height=0.62, color=FIRST, linewidth=0)
             below += size
             axes.annotate(
                 format_bytes(size),
@@ -150,10 +157,10 @@ def memory_figure(estimate_memory: Mapping[str, float], limit_bytes: float) -> P
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center",
-                color=_INK,
+                color=INK,
             )
         if near_limit:
-            axes.axvline(limit_bytes, color=_SECOND, linewidth=1.4)
+            axes.axvline(limit_bytes, color=SECOND, linewidth=1.4)
             axes.annotate(
                 "limit",
                 (limit_bytes, -0.75),
@@ -161,7 +168,7 @@ def memory_figure(estimate_memory: Mapping[str, float], limit_bytes: float) -> P
                 textcoords="offset points",
                 ha="right",
                 va="center",
-                color=_SECOND,
+                color=SECOND,
             )
         axes.set_yticks(range(len(parts)), [name for name, _ in parts])
         axes.set_ylim(len(parts) - 0.4, -1.1 if near_limit else -0.6)
@@ -170,15 +177,17 @@ def memory_figure(estimate_memory: Mapping[str, float], limit_bytes: float) -> P
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
 
-    return _draw(draw, title, size=(4.2, 2.4))
+    return draw_plot(draw, title, size=(4.2, 2.4))
 
 
-def _draw(
+def draw_plot(
     draw: Callable[[Axes], None],
     title: str,
     *,
     size: tuple[float, float],
 ) -> Plot:
+    """Let `draw` fill a figure of `size` inches; the title is also what it is called
+    by those who cannot see it, and holds no markup."""
     # NOTE: Figure without pyplot: no global state, no display, any thread.
     import matplotlib
     from matplotlib.figure import Figure
@@ -187,7 +196,7 @@ def _draw(
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
-        axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=_INK)
+        axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
         return Plot(svg=_svg(figure, title), png=_png(figure))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from llmos_jax.errors import LlmosError
 from llmos_jax.ir import Plan, ReportRow
+from llmos_jax.telemetry.confusion import Confusion, class_rows, confusion_figure
 from llmos_jax.telemetry.figures import (
     Plot,
     loss_figure,
@@ -39,6 +40,7 @@ def write_report(
     config_toml: str,
     environment: dict[str, str],
     samples: Sequence[tuple[str, str]],
+    confusion: Confusion | None = None,
 ) -> None:
     """Write report.json, report.html and plots/*.png into a run folder.
 
@@ -51,11 +53,16 @@ def write_report(
             a bar.
         rows: every figure with how it was obtained; the first six stand on top.
         samples: (prompt, continuation).
+        confusion: of a classifier: a picture and a table of its classes; the loss is
+            then in nats per text.
 
     Raises:
         LlmosError: the folder cannot be written.
     """
-    plots = _plots(read_metrics(folder / "metrics.jsonl"), values, plan)
+    unit = "nats per token" if confusion is None else "nats per text"
+    plots = _plots(read_metrics(folder / "metrics.jsonl"), values, plan, unit)
+    if confusion is not None:
+        plots["confusion"] = confusion_figure(confusion.labels, confusion.counts)
     page = _page(
         title=plan.params.name,
         subtitle=_subtitle(plan),
@@ -68,6 +75,7 @@ def write_report(
         config_toml=config_toml,
         environment=environment,
         samples=samples,
+        classes=_classes(confusion),
     )
     finite = {key: _finite(value) for key, value in values.items()}
     try:
@@ -83,7 +91,10 @@ def write_report(
 
 
 def _plots(
-    metrics: Sequence[Mapping[str, Any]], values: Mapping[str, Any], plan: Plan
+    metrics: Sequence[Mapping[str, Any]],
+    values: Mapping[str, Any],
+    plan: Plan,
+    unit: str,
 ) -> dict[str, Plot]:
     evaluations = [
         (row["step"], row["val_loss"])
@@ -95,7 +106,11 @@ def _plots(
     }
     return {
         "loss": loss_figure(
-            metrics, evaluations, baselines, bytes_per_token=_bytes_per_token(values)
+            metrics,
+            evaluations,
+            baselines,
+            bytes_per_token=_bytes_per_token(values),
+            unit=unit,
         ),
         "throughput": throughput_figure(metrics),
         "memory": memory_figure(
@@ -126,6 +141,20 @@ def _wall_time(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
         )
         left += share
     return parts
+
+
+def _classes(confusion: Confusion | None) -> list[dict[str, Any]]:
+    """Rows of the table of classes, as text; of a language model, none."""
+    if confusion is None:
+        return []
+    rows = []
+    for row in class_rows(confusion.labels, confusion.counts):
+        shares = {name: f"{row[name]:.1%}" for name in ("precision", "recall", "f1")}
+        found = row["taken_for"]
+        taken_for = "" if found is None else f"{found[0]} ({found[1]:,})"
+        texts = f"{row['texts']:,}"
+        rows.append(row | shares | {"texts": texts, "taken_for": taken_for})
+    return rows
 
 
 def _bytes_per_token(values: Mapping[str, Any]) -> float | None:

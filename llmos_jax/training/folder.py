@@ -82,11 +82,15 @@ class RunFolder:
         return self.path / "report.json"
 
     def finished_report(self, steps: int) -> dict[str, Any] | None:
-        """The report of a run that has already done `steps`, if it wrote one."""
-        if self.resume_step < steps or not self.report_path.is_file():
+        """The report of a run that has already done `steps`, or all that it would gain
+        by, if it wrote one."""
+        if not self.resume_step or not self.report_path.is_file():
             return None
         report: dict[str, Any] = json.loads(self.report_path.read_text())
-        return report if report.get("steps", 0) >= steps else None
+        if report.get("stopped_by") == "settled":
+            steps = min(steps, self.resume_step)
+        done = min(self.resume_step, report.get("steps", 0))
+        return report if done >= steps else None
 
     def record(self, config: RunConfig, document: dict[str, Any]) -> None:
         """Write config.toml (as asked, fully expanded) and plan.json.
@@ -168,7 +172,16 @@ def open_folder(config: RunConfig) -> RunFolder:
 def retention_of(config: RunConfig) -> Retention:
     """Which checkpoints a config keeps."""
     asked = config.checkpoint
-    return Retention(keep=asked.keep, keep_every=asked.keep_every, best=asked.best)
+    return Retention(
+        keep=asked.keep, keep_every=asked.keep_every, best=ranked_by(config)
+    )
+
+
+def ranked_by(config: RunConfig) -> str | None:
+    """The figure by which checkpoints are ranked, the lowest first; None: they are
+    not."""
+    waits = config.train.patience is not None
+    return config.checkpoint.best or ("val_loss" if waits else None)
 
 
 def _mirror(

@@ -18,14 +18,14 @@ from typing import Literal, NamedTuple
 import jax
 
 from llmos_jax.config.schema import RunConfig
-from llmos_jax.lowering import Program, fetch
+from llmos_jax.lowering import fetch
 from llmos_jax.lowering.peers import shared_fate
 from llmos_jax.telemetry import Ledger, MetricsWriter, TrainProgress
 from llmos_jax.training.optimizer import learning_rate
 from llmos_jax.training.step import Batch, Metrics, TrainState
 from llmos_jax.training.watch import Clock, DivergenceWatch, StopSignal
 
-Reason = Literal["finished", "time", "signal"]
+Reason = Literal["finished", "time", "settled", "signal"]
 _AGREE_EVERY = 10
 """Steps between agreements of several processes on the clock (a small broadcast)."""
 
@@ -45,6 +45,10 @@ class Hooks:
     conclude: Callable[[TrainState, int], TrainState]
     """(state, step) -> the state that a run ends with, by its steps or its clock. One
     that a signal stops goes on later as if nothing had been."""
+    enough: Callable[[dict[str, float]], bool] | None = None
+    """(figures of an evaluation): whether more steps would gain nothing."""
+    least_loss: float = 0.0
+    """What a loss is compared with at least, when it is judged to explode."""
     agreed_to_stop: Callable[[int], bool] | None = None
     """Several processes only: whether all have agreed to stop at this step."""
 
@@ -69,10 +73,12 @@ class Outcome:
     median_step_s: float | None
     pace: Pace
     signal: str | None = None
+    model_step: int | None = None
+    """The step that `state` is of, where it is not the last."""
 
 
 def run(
-    program: Program,
+    program: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     state: TrainState,
     batches: Iterator[Batch],
     *,
@@ -112,6 +118,8 @@ def run(
             if hooks.evaluate and every and step % every == 0:
                 recorder.flush(partial(hooks.evaluate, state, step))
                 stopped = stopped or ("signal" if stop.is_urgent else None)
+                if hooks.enough is not None and hooks.enough(recorder.latest):
+                    stopped = stopped or "settled"
             if step % config.checkpoint.every == 0:
                 recorder.flush()
                 with ledger.during("saving"):
@@ -150,7 +158,7 @@ class _Recorder:
     ):
         self.latest: dict[str, float] = {}
         self.step: int | None = None
-        self._watch = DivergenceWatch(config.train.explode_ratio)
+        self._watch = DivergenceWatch(config.train.explode_ratio, hooks.least_loss)
         self._schedule = learning_rate(config.train)
         self._pace, self._writer, self._progress = pace, writer, progress
         self._hooks, self._ledger = hooks, ledger

@@ -11,7 +11,7 @@ from llmos_jax.checkpoint import CheckpointStore, Mirror
 from llmos_jax.errors import CheckpointError, ConfigError, did_you_mean
 from llmos_jax.units import format_seconds
 
-VALIDATION_FIGURES = ("val_loss", "val_bits_per_byte")
+VALIDATION_FIGURES = ("val_loss", "val_bits_per_byte", "val_error")
 """What an evaluation on the way adds to a step's figures."""
 
 
@@ -123,12 +123,18 @@ def last_whole(folder: Path) -> int | None:
     return max((int(name) for name in names if name.isdigit()), default=None)
 
 
-def check_best(best: str | None, eval_every: int) -> None:
+def check_best(best: str | None, eval_every: int, patience: int | None = None) -> None:
     """Refuse to rank checkpoints by what no step will have.
 
     Raises:
         ConfigError: with the key to set.
     """
+    if patience is not None and (patience < 1 or not eval_every):
+        raise ConfigError(
+            f"train.patience = {patience} counts evaluations, at least 1, on the way; "
+            f"train.eval_every = {eval_every}. Set both, and checkpoint.every to "
+            "train.eval_every."
+        )
     if best in VALIDATION_FIGURES and not eval_every:
         raise ConfigError(
             f"checkpoint.best = {best}, and train.eval_every = 0: nothing is evaluated "

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,11 @@ from llmos_jax.checkpoint import (
     check_same_replicas,
 )
 from llmos_jax.config.schema import RunConfig, SyncSection, TrainSection
-from llmos_jax.data import TokenStream, TrainBatches
+from llmos_jax.data import TokenStream
 from llmos_jax.errors import LowerError
-from llmos_jax.ir import Plan
+from llmos_jax.ir import Plan, Quantization, Workload
 from llmos_jax.lowering import (
+    ByLength,
     Program,
     abstract,
     batch_sharding,
@@ -35,6 +36,7 @@ from llmos_jax.lowering import (
     replicated,
 )
 from llmos_jax.models import Params, Skeleton
+from llmos_jax.models.matrices import as_stored
 from llmos_jax.training.evaluate import Score
 from llmos_jax.training.local import (
     agreement,
@@ -45,9 +47,20 @@ from llmos_jax.training.local import (
     state_shardings,
 )
 from llmos_jax.training.optimizer import make_optimizer
+from llmos_jax.training.qat import check_qat, quantization_of
 from llmos_jax.training.router import RouterWeights
 from llmos_jax.training.scorer import Progress, Scorer, Windows, open_scorer
-from llmos_jax.training.step import Batch, TrainState, init_state, train_step
+from llmos_jax.training.step import (
+    Batch,
+    Metrics,
+    TrainState,
+    init_state,
+    train_step,
+)
+from llmos_jax.training.teacher import Taught, Teacher
+
+if TYPE_CHECKING:
+    from llmos_jax.training.classify.score import ClassScorer
 
 
 class Origin(Protocol):
@@ -74,8 +87,14 @@ class Session:
     optimizer: optax.GradientTransformation
     state_shape: TrainState
     """ShapeDtypeStructs with shardings."""
-    program: Program
-    scorer: Scorer
+    program: Program | ByLength
+    scorer: Scorer | ClassScorer
+    teacher: Teacher | None = None
+    """A model in the step to learn from."""
+    mean_length: float | None = None
+    """Tokens of a row on average, padding among them; None: all have the plan's."""
+    least_loss: float = 0.0
+    """Of a model that knows nothing, where losses can come near 0; else 0."""
     agreement: Program | None
     """(state) -> state in which replicas that learn alone agree; None if they do after
     every step."""
@@ -84,6 +103,38 @@ class Session:
     def rows(self) -> list[int]:
         """Rows of each global batch that this process reads."""
         return self.scorer.places.rows
+
+    @property
+    def workload(self) -> Workload:
+        """A step as it is on average."""
+        step = self.plan.workload
+        if self.mean_length is None:
+            return step
+        return replace(step, seq_len=max(1, round(self.mean_length)))
+
+    @property
+    def step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """The program, with the teacher that it looks at."""
+        if self.teacher is None:
+            return self.program
+        params = self.teacher.params
+        assert isinstance(self.program, Program), "rows of one length"
+        program = self.program
+        return lambda state, batch: program(state, batch, params)
+
+    @property
+    def stored_as(self) -> Quantization | None:
+        """As what `[qat]` trains the model to be stored."""
+        return quantization_of(self.config.qat)
+
+    def used(self, params: Params) -> Params:
+        """The parameters as they will be stored, or as they are."""
+        how = self.stored_as
+        if how is None:
+            return params
+        rounded = functools.partial(as_stored, quantization=how)
+        made: Params = jax.jit(rounded, out_shardings=self.param_shardings)(params)
+        return made
 
     @property
     def param_shardings(self) -> dict[str, Any]:
@@ -100,9 +151,11 @@ class Session:
 
     def begin_with(self, origin: Origin) -> TrainState:
         """The first state, with the weights of a model that has some; what it has not
-        (LoRA's factors) is drawn from `run.seed`."""
+        (LoRA's factors, a head for these classes) is drawn from `run.seed`."""
         shardings = self.param_shardings
         theirs = {row.path for row in origin.skeleton.table.rows}
+        if _labels(origin.skeleton) != _labels(self.skeleton):
+            theirs = {path for path in theirs if not path.startswith("classifier.")}
         missing = [path for path in shardings if path not in theirs]
         params = origin.params(
             {path: x for path, x in shardings.items() if path in theirs},
@@ -145,7 +198,7 @@ class Session:
         agreed: TrainState = self.agreement(state)
         return agreed
 
-    def batches(self, source: TrainBatches) -> Iterator[Batch]:
+    def batches(self, source: Iterator[dict[str, Any]]) -> Iterator[Batch]:
         """Global device arrays of each batch of `source`, which reads `rows`."""
         rows = self.rows
         for local in source:
@@ -159,11 +212,22 @@ class Session:
         on_progress: Progress | None = None,
     ) -> Score:
         """Score a text, all of it or its first `limit` batches."""
-        return self.scorer.score(params, tokens, limit, on_progress)
+        assert isinstance(self.scorer, Scorer), "a classifier scores labelled texts"
+        return self.scorer.score(self.used(params), tokens, limit, on_progress)
+
+
+def _labels(skeleton: Skeleton) -> tuple[str, ...]:
+    classes = skeleton.spec.classes
+    return () if classes is None else classes.labels
 
 
 def open_session(
-    skeleton: Skeleton, plan: Plan, config: RunConfig, *, is_chat: bool = False
+    skeleton: Skeleton,
+    plan: Plan,
+    config: RunConfig,
+    *,
+    is_chat: bool = False,
+    taught: Taught | None = None,
 ) -> Session:
     """Lower the training step of a plan for the devices that are here.
 
@@ -172,13 +236,16 @@ def open_session(
         plan: what to lower.
         config: as of `lower_train_step`.
         is_chat: whether only some tokens of the text are to be learnt.
+        taught: by whom, if by a teacher.
 
     Raises:
         LowerError: the devices are not those the plan is for.
         ConfigError: replicas are to learn alone, and cannot.
     """
     mesh = device_mesh(plan)
-    program = lower_train_step(skeleton, plan, config, mesh, is_chat=is_chat)
+    program = lower_train_step(
+        skeleton, plan, config, mesh, is_chat=is_chat, taught=taught
+    )
     optimizer = _optimizer(skeleton, plan, config.train, config.sync)
     windows = Windows(document_mask=config.data.is_masked)
     scorer = open_scorer(skeleton, plan, config.train.compute_dtype, windows, mesh)
@@ -192,6 +259,7 @@ def open_session(
         state_shape=state_shape,
         program=program,
         scorer=scorer,
+        teacher=None if taught is None else taught.teacher,
         agreement=_agreement(plan, mesh, optimizer, state_shape),
     )
 
@@ -203,6 +271,7 @@ def lower_train_step(
     mesh: Mesh,
     *,
     is_chat: bool = False,
+    taught: Taught | None = None,
 ) -> Program:
     """Lower the training step of a plan for a mesh, whose devices need not be here.
 
@@ -212,6 +281,7 @@ def lower_train_step(
         config: the optimizers, the dtypes, and whether documents are masked.
         mesh: of the plan's shape.
         is_chat: whether batches weigh their tokens, and hold conversations.
+        taught: by whom, if by a teacher.
 
     Raises:
         LowerError: the plan is of another phase.
@@ -235,6 +305,9 @@ def lower_train_step(
         router_weights=RouterWeights(
             balance=train.router_balance_weight, z=train.router_z_weight
         ),
+        lesson=None if taught is None else taught.lesson(config),
+        stored_as=check_qat(skeleton.spec, config.qat),
+        keep_zeros=train.keep_zeros,
     )
     if every:
         step = local_step(step, optimizer, every)
@@ -248,13 +321,17 @@ def lower_train_step(
         batch["weights"] = jax.ShapeDtypeStruct(
             size, jnp.float32, sharding=tokens.sharding
         )
+    teacher: tuple[Any, ...] = ()
+    if taught is not None:
+        batch |= taught.kept_shapes(tokens, config.distill.top_k)
+        teacher = () if taught.teacher is None else (taught.teacher.shapes,)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shape)
     return lower(
         "train_step",
         step,
         plan,
         mesh,
-        (state_shape, batch),
+        (state_shape, batch, *teacher),
         out_shardings=(shardings, replicated(mesh)),
         donate=(0,),
     )

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llmos_jax.ir import Way
+from llmos_jax.ir import Quantization, Way
 from llmos_jax.models import Params, Pass, Routing, Skeleton, token_order
+from llmos_jax.models.matrices import MATRIX_PATHS, as_stored
+from llmos_jax.training.lesson import LESSON_LOSSES, Guide, Lesson
 from llmos_jax.training.loss import Tiling, tiled_loss, token_losses
 from llmos_jax.training.pipeline import Job, pipelined
 from llmos_jax.training.router import (
@@ -66,30 +68,57 @@ def train_step(
     compute_dtype: str,
     way: Way,
     router_weights: RouterWeights = NO_ROUTER_LOSS,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    lesson: Lesson | None = None,
+    stored_as: Quantization | None = None,
+    keep_zeros: bool = False,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Return the function (state, batch) -> (state, metrics) that runs `way`.
 
     The metrics of a model with experts have its routers' beside `loss`, which is that
     of the next token alone. Where a batch has "weights", it is the weighted mean. What
     is frozen (beside LoRA's factors) has no gradient and stays as it is.
+
+    Args:
+        skeleton: the model.
+        optimizer: of what is trained.
+        compute_dtype: in which weights are multiplied.
+        way: how.
+        router_weights: of the losses of routers.
+        lesson: what is learnt beside the text: `loss` is then all of it, and the
+            metrics have its parts; a teacher in the step is a third argument.
+        stored_as: compute with matrices as they will be stored; gradients go straight
+            through the rounding (arXiv 1308.3432): they are those of the rounded model,
+            for what it is rounded from.
+        keep_zeros: weights of the layers' matrices that are 0 stay 0.
     """
 
     def objective(
-        trained: Params, frozen: Params, batch: Batch
+        trained: Params, frozen: Params, batch: Batch, guide: Guide | None
     ) -> tuple[jax.Array, Values]:
         params = {**frozen, **trained}
-        loss, routing = _mean_loss(skeleton, params, batch, compute_dtype, way)
+        model, features_BTD, routing = _seen(
+            skeleton, params, batch, compute_dtype, way
+        )
+        found: Metrics = {}
+        if guide is None:
+            loss = _head_loss(model, features_BTD, batch, way)
+        else:
+            loss, found = guide(model, features_BTD, batch)
         if routing is None:
-            return loss, (loss, {})
+            return loss, (loss, found)
         extra, figures = router_losses(routing, router_weights)
-        return loss + extra, (loss, figures)
+        return loss + extra, (loss, figures | found)
 
-    def value_and_grad(params: Params, batch: Batch) -> tuple[Values, Params]:
+    def value_and_grad(
+        params: Params, batch: Batch, guide: Guide | None
+    ) -> tuple[Values, Params]:
         both = jax.value_and_grad(objective, has_aux=True)
-        (_, values), gradients = both(trained_of(skeleton, params), params, batch)
+        trained = trained_of(skeleton, params)
+        (_, values), gradients = both(trained, params, batch, guide)
         return values, gradients
 
-    figures = ROUTER_METRICS if skeleton.spec.num_experts else ()
+    figures = (*(ROUTER_METRICS if skeleton.spec.num_experts else ()),
+               *(LESSON_LOSSES if lesson else ()))  # fmt: skip
 
     job = Job(
         *(skeleton, way, how_of(way), compute_dtype),
@@ -97,21 +126,35 @@ def train_step(
         router_weights=router_weights,
     )
 
-    def whole(params: Params, batch: Batch) -> tuple[Values, Params]:
+    def whole(
+        params: Params, batch: Batch, guide: Guide | None
+    ) -> tuple[Values, Params]:
         if way.mesh.stage > 1:
             return pipelined(job, params, batch)
         zero = jnp.zeros((), jnp.float32)
         nothing = (zero, dict.fromkeys(figures, zero))
         trained = trained_of(skeleton, params)
-        return accumulated(value_and_grad, params, batch, way, nothing, trained)
+        guided = functools.partial(value_and_grad, guide=guide)
+        return accumulated(guided, params, batch, way, nothing, trained)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = in_token_order(_evened(batch))
-        (loss, others), gradients = whole(state.params, batch)
+    def step(
+        state: TrainState, batch: Batch, teacher: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
+        batch = in_token_order(evened(batch))
+        guide = None if lesson is None else lesson.guide(state.step, way, teacher)
+        used = state.params if stored_as is None else as_stored(state.params, stored_as)
+        (loss, others), gradients = whole(used, batch, guide)
         trained = trained_of(skeleton, state.params)
+        if keep_zeros:
+            gradients = where_not_lost(gradients, trained)
         updates, moments = optimizer.update(gradients, state.optimizer, trained)
+        if keep_zeros:
+            updates = where_not_lost(updates, trained)
         params = {**state.params, **optax.apply_updates(trained, updates)}
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **others}
+        if lesson is not None:
+            names = ("kd_weight", "kd_temperature")
+            metrics |= dict(zip(names, lesson.settings(state.step)))
         return TrainState(state.step + 1, params, moments), metrics
 
     return step
@@ -121,11 +164,29 @@ def _mean_loss(
     skeleton: Skeleton, params: Params, batch: Batch, compute_dtype: str, way: Way
 ) -> tuple[jax.Array, Routing | None]:
     """`mean_loss`, and what each layer's router did."""
+    model, features_BTD, routing = _seen(skeleton, params, batch, compute_dtype, way)
+    return _head_loss(model, features_BTD, batch, way), routing
+
+
+def _seen(
+    skeleton: Skeleton, params: Params, batch: Batch, compute_dtype: str, way: Way
+) -> tuple[Any, jax.Array, Routing | None]:
+    """The model, what its head takes, and what each layer's router did."""
     model = skeleton.bind(skeleton.cast(params, compute_dtype))
     features_BTD, routing = model.routed_features(
         batch["inputs"], batch.get("segments"), how_of(way)
     )
-    return _head_loss(model, features_BTD, batch, way), routing
+    return model, features_BTD, routing
+
+
+def where_not_lost(changes: Params, params: Params) -> Params:
+    """Changes of parameters, none where a matrix of the layers has a 0."""
+    return {
+        path: jnp.where(params[path] == 0, jnp.zeros((), x.dtype), x)
+        if path in MATRIX_PATHS
+        else x
+        for path, x in changes.items()
+    }
 
 
 def _head_loss(
@@ -145,7 +206,7 @@ def trained_of(skeleton: Skeleton, params: Params) -> Params:
     return {path: params[path] for path in skeleton.table.trained}
 
 
-def _evened(batch: Batch) -> Batch:
+def evened(batch: Batch) -> Batch:
     """Make the mean weight 1: plain means over parts of a batch then add up to the
     weighted mean over all of it."""
     if "weights" not in batch:
@@ -194,8 +255,8 @@ def accumulated(
         return value_and_grad(params, batch)
 
     def parts(x_BT: jax.Array) -> jax.Array:
-        B, T = x_BT.shape
-        return x_BT.reshape(B // microbatches, microbatches, T).swapaxes(0, 1)
+        B, *rest = x_BT.shape
+        return x_BT.reshape(B // microbatches, microbatches, *rest).swapaxes(0, 1)
 
     def add(total: tuple[Any, Params], part: Batch) -> tuple[tuple[Any, Params], None]:
         value = jax.tree.map(

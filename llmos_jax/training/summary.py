@@ -33,19 +33,10 @@ def summarise(
     `score` is None when a signal ended the run and there was no time to take one.
     `goodput` is where the time went until now.
     """
-    rows = [*_rows(session, text, outcome, score), _goodput_row(goodput)]
+    rows = [*_rows(session, text, outcome, score), goodput_row(goodput)]
     values: dict[str, Any] = {row.name: row.value for row in rows}
-    values |= {
-        "stopped_by": outcome.signal or outcome.reason,
-        "resumed_from": folder.resume_step,
-        "run_dir": str(folder.path),
-        "checkpoint": str(folder.path / "checkpoints" / str(outcome.step)),
-        "report": str(folder.path / "report.html"),
-        "sync": _sync(session),
-        "data": _data(text, values["tokens_seen"]),
-        "goodput_s": {name: round(s, 3) for name, s in goodput.seconds.items()},
-        "plan_fingerprint": session.plan.fingerprint,
-    }
+    values |= ending(session, folder, outcome, goodput)
+    values |= {"sync": _sync(session), "data": _data(text, values["tokens_seen"])}
     write_report(
         folder.path,
         values=values,
@@ -58,14 +49,29 @@ def summarise(
     return values
 
 
+def ending(
+    session: Session, folder: RunFolder, outcome: Outcome, goodput: Goodput
+) -> dict[str, Any]:
+    """How a run ended, where its things lie, and where its time went."""
+    model_step = outcome.model_step or outcome.step
+    return {
+        "stopped_by": outcome.signal or outcome.reason,
+        "resumed_from": folder.resume_step,
+        "run_dir": str(folder.path),
+        "checkpoint": str(folder.path / "checkpoints" / str(model_step)),
+        "report": str(folder.path / "report.html"),
+        "goodput_s": {name: round(s, 3) for name, s in goodput.seconds.items()},
+        "plan_fingerprint": session.plan.fingerprint,
+    }
+
+
 def _rows(
     session: Session,
     text: PreparedText,
     outcome: Outcome,
     score: Score | None,
 ) -> list[ReportRow]:
-    held_out, pace = text.validation, outcome.pace
-    step_s = outcome.median_step_s
+    held_out = text.validation
     rows = []
 
     def row(name: str, value: Any, unit: str, how: str) -> None:
@@ -88,7 +94,20 @@ def _rows(
         row("val_loss", score.loss, "nats/token", "mean over held-out tokens")
         row("val_perplexity", score.perplexity, "", "exp(val_loss)")
         row("val_accuracy", score.accuracy, "share", "next token guessed right")
-    row("final_loss", outcome.final_loss, "nats/token", "training loss, last step")
+    return [*rows, *speed_rows(session, outcome), _replica_row(session)]
+
+
+def speed_rows(session: Session, outcome: Outcome) -> list[ReportRow]:
+    """How fast a run was, and how far it came."""
+    pace, step_s = outcome.pace, outcome.median_step_s
+    is_text = session.skeleton.spec.classes is None
+    rows = []
+
+    def row(name: str, value: Any, unit: str, how: str) -> None:
+        rows.append(ReportRow(name=name, value=value, unit=unit, how=how))
+
+    unit = "nats/token" if is_text else "nats/text"
+    row("final_loss", outcome.final_loss, unit, "training loss, last step")
     rate = None if step_s is None else pace.tokens_per_step / step_s
     row("tokens_per_s", rate, "tokens/s", "tokens of a step / median step time")
     row("step_s", step_s, "s", "median, the first step left out")
@@ -101,14 +120,14 @@ def _rows(
     row("mfu", mfu, "share", f"model FLOPs (6N + causal attention) against {peak}")
     row("steps", outcome.step, "", "training steps done, all sittings together")
     tokens = outcome.step * pace.tokens_per_step
-    row("tokens_seen", tokens, "tokens", "steps * batch.global * batch.seq_len")
+    row("tokens_seen", tokens, "tokens", "steps * batch.global * tokens of a row")
     row("train_s", outcome.train_s, "s", "this sitting, evaluations included")
-    rows.append(_replica_row(session))
     row("params", session.skeleton.table.num_params, "", "all parameters")
     return rows
 
 
-def _goodput_row(goodput: Goodput) -> ReportRow:
+def goodput_row(goodput: Goodput) -> ReportRow:
+    """The share of its time that a run spent on steps that it kept."""
     return ReportRow(
         name="goodput",
         value=goodput.share,

@@ -30,8 +30,9 @@ judgement."""
 class DivergenceWatch:
     """Raise when the loss or gradient is not finite, or the loss explodes."""
 
-    def __init__(self, explode_ratio: float):
+    def __init__(self, explode_ratio: float, least: float = 0.0):
         self._ratio = explode_ratio
+        self._least = least
         self._recent: deque[float] = deque(maxlen=_MEMORY)
 
     def check(
@@ -59,7 +60,7 @@ class DivergenceWatch:
             return f"the gradient norm became {grad_norm}"
         if len(self._recent) < _PATIENCE:
             return None
-        median = statistics.median(self._recent)
+        median = max(self._least, statistics.median(self._recent))
         if loss <= self._ratio * median:
             return None
         return (

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from llmos_jax.data import read_documents, split
-from llmos_jax.data.python_docs import _source, _walk, fingerprint
+from llmos_jax.data.python_docs import _walk, fingerprint, source_of
 
 QUICKSTART_SHARE = 0.03
 
@@ -103,6 +103,6 @@ def test_docstrings_come_under_dotted_names():
 def test_a_table_is_not_source(tmp_path):
     path = tmp_path / "table.py"
     path.write_text("T = (\n" + '    "abcdefgh",\n' * 400 + ")\n")
-    assert _source(path) == ""
+    assert source_of(path) == ""
     path.write_text("def f():\n    return 1\n" * 400)
-    assert _source(path).startswith("def f")
+    assert source_of(path).startswith("def f")

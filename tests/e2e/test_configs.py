@@ -15,7 +15,7 @@ CONFIGS = sorted(
     path.relative_to(ROOT)
     for path in ROOT.rglob("*.toml")
     if path.relative_to(ROOT).parts[0]
-    not in ("models", "calibration", "compress", "prices.toml")
+    not in ("models", "calibration", "classify", "compress", "prices.toml")
 )
 MODELS = sorted(path.stem for path in (ROOT / "models").glob("*.toml"))
 
@@ -59,3 +59,22 @@ def test_a_model_is_planned_by_its_name(name, capsys):
     sets = [f"model={name}", "topology=v5p:8x8x16", "batch.seq_len=128"]
     assert main(["plan", *small.flags(sets), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"]["name"] == name
+
+
+@pytest.mark.parametrize("config", ["lstm", "transformer", "backbone"])
+def test_a_classifier_trains_two_steps_and_is_scored(
+    config, tmp_path, small_model, capsys
+):
+    """On the task that needs no download; the backbone is small, and random."""
+    sets = [
+        f"run.dir={tmp_path / 'run'}", "batch.seq_len=32", "batch.global=8",
+        "train.steps=2", "train.eval_every=2", "train.eval_batches=1",
+        "checkpoint.every=2",
+    ]  # fmt: skip
+    if config == "backbone":
+        sets += [f"model={small_model}", "lora.rank=0"]
+    command = ["train", str(ROOT / f"classify/{config}.toml"), *small.flags(sets)]
+    assert main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["steps"] == 2 and len(report["labels"]) == 10
+    assert 0 <= report["test_macro_f1"] <= report["test_accuracy"] * 10 <= 10

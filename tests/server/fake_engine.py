@@ -148,6 +148,10 @@ class FakeEngine:
             return
         if self.holds:
             return
+        if request.wants == "classes":
+            logits = np.arange(len(self.limits.labels), dtype=np.float32)
+            self._end(asked, "stop", class_logits=logits)
+            return
         if request.wants == "embedding":
             ids = np.bincount(request.prompt, minlength=8)[:8] + 1.0
             self._end(asked, "stop", embedding=ids.astype(np.float32))
@@ -192,7 +196,16 @@ class FakeEngine:
             for token in tokens
         )
 
-    def _end(self, asked: Asked, reason, *, said=None, problem="", embedding=None):
+    def _end(
+        self,
+        asked: Asked,
+        reason,
+        *,
+        said=None,
+        problem="",
+        embedding=None,
+        class_logits=None,
+    ):
         del self._open[asked.request.id]
         self.ended[asked.request.id] = reason
         said = said or Progress()
@@ -204,6 +217,7 @@ class FakeEngine:
                 reason=reason,
                 problem=problem,
                 embedding=embedding,
+                class_logits=class_logits,
                 times=Times(
                     queued=asked.queued,
                     admitted=asked.first_token,

@@ -40,7 +40,7 @@ OURS = {
     "memory_bandwidth_utilization",
     "counter": "prompt_tokens generated_tokens prefix_queried_tokens prefix_hit_tokens "
     "preemptions steps step_seconds host_seconds drafted_tokens accepted_tokens "
-    "unplanned_compiles requests rejected_requests",
+    "classified_texts batches unplanned_compiles requests rejected_requests",
     "histogram": "time_to_first_token_seconds inter_token_seconds request_seconds "
     "time_per_output_token_seconds queue_seconds inference_seconds prefill_seconds "
     "decode_seconds request_prompt_tokens request_cached_tokens request_preemptions "

@@ -12,11 +12,14 @@ from collections.abc import Iterator
 
 import pytest
 import uvicorn
+from classifiers import LABELS, classifying
+from serving_here import served
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+from llmos_jax.data import bytes_tokenizer
 from llmos_jax.server import page
 
 BROWSER = next(
@@ -331,3 +334,31 @@ def test_every_control_has_a_name(seen):
         ".trim())).map((one) => one.id)"
     )
     assert unnamed == []
+
+
+def test_a_classifier_shows_classes_as_bars_and_no_chat(browser):
+    with classifying(seats=1, context=16) as engine:
+        with served(engine, tokenizer=bytes_tokenizer()) as (address, _):
+            tab = browser.new_page(viewport={"width": 390, "height": 800})
+            problems: list[str] = []
+            tab.on("pageerror", lambda problem: problems.append(str(problem)))
+            tab.goto(address)
+            waits_for(tab, "stage", "ready")
+            waits_for(tab, "room", "4 classes, texts of up to 16 tokens")
+            assert not tab.locator("#chat").is_visible()
+            assert not tab.locator("#h-cache").is_visible()
+            tab.get_by_label("Text").fill("what is it?")
+            tab.get_by_role("button", name="Classify").click()
+            tab.locator("#classes li").nth(3).wait_for()
+            shares = tab.locator("#classes span").all_inner_texts()
+            numbers = [float(one.removesuffix(" %")) for one in shares]
+            assert numbers == sorted(numbers, reverse=True)
+            assert sum(numbers) == pytest.approx(100, abs=0.3)
+            assert sorted(tab.locator("#classes b").all_inner_texts()) == sorted(LABELS)
+            tab.get_by_label("Text").fill("x" * 30)
+            tab.get_by_label("Text").press("Enter")
+            tab.locator("#classify-note.error", has_text="30 tokens").wait_for()
+            assert tab.locator("#classes li").count() == 0
+            wide = tab.evaluate("document.documentElement.scrollWidth")
+            assert wide <= 390 and problems == []
+            tab.close()

@@ -21,7 +21,7 @@ from llmos_jax.ir import (
     Way,
     Workload,
 )
-from llmos_jax.telemetry import MetricsWriter, environment, write_report
+from llmos_jax.telemetry import Confusion, MetricsWriter, environment, write_report
 
 VALUES = {
     "val_loss": 3.6,
@@ -71,19 +71,23 @@ def plan(monkeypatch):
     )
 
 
-def write(folder, plan, *, steps=20, samples=(("def f(", "x):\n  </pre>"),)):
+SAID = (("def f(", "x):\n  </pre>"),)
+
+
+def write(folder, plan, *, steps=20, samples=SAID, values=VALUES, confusion=None):
     with MetricsWriter(folder) as writer:
         for step in range(1, steps + 1):
             row = {"step": step, "loss": 8.0 / step, "tokens_per_s": 100.0}
             writer.write(row if step % 5 else row | {"val_loss": 8.5 / step})
     write_report(
         folder,
-        values=VALUES,
+        values=values,
         rows=ROWS,
         plan=plan,
         config_toml='model = "tiny"',
         environment={"python": "3.11"},
         samples=samples,
+        confusion=confusion,
     )
     return (folder / "report.html").read_text()
 
@@ -131,6 +135,24 @@ def test_plots_are_saved(tmp_path, plan):
     for name in ("loss", "throughput", "memory"):
         data = (tmp_path / "plots" / f"{name}.png").read_bytes()
         assert data.startswith(b"\x89PNG")
+
+
+def test_a_classifier_has_a_picture_and_a_table_of_its_classes(tmp_path, plan):
+    assert "Which classes are confused" not in write(tmp_path, plan)
+    confusion = Confusion(labels=("a<b", "c"), counts=((3, 1), (0, 1200)))
+    page = write(
+        tmp_path, plan, samples=(), values={"val_loss": 0.1}, confusion=confusion
+    )
+    assert "Which classes are confused" in page
+    assert "Confusion matrix: 1,203 of 1,204 texts right" in page
+    assert "Loss, nats per text" in page
+    row = re.search(r"<tr><th>a&lt;b</th>(.*?)</tr>", page)[1]
+    assert re.findall(r">([^<]+)</td>", row) == [
+        "4", "100.0%", "75.0%", "85.7%", "c (1)",
+    ]  # fmt: skip
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert (tmp_path / "plots" / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
