@@ -76,12 +76,17 @@ class Link:
         is_export = self.kind == "export"
         return str(self.folder / "bundle" if is_export else self.folder)
 
-    def asked(self) -> dict[str, str]:
-        """What it would be made of, and how: fingerprints."""
+    def asked(self, overrides: Sequence[str]) -> dict[str, str]:
+        """What it would be made of, and how: fingerprints. Which numbers are asked for
+        by name counts, too: the others follow `[qat]` of the run before."""
         sections, keys = READS[self.kind]
         config = self.config
         parts = {name: msgspec.to_builtins(getattr(config, name)) for name in sections}
         parts["compress"] = {name: getattr(config.compress, name) for name in keys}
+        if self.kind == "quantize":
+            given = {text.partition("=")[0].strip() for text in overrides}
+            keys = {f"compress.{name}" for name in (*OF_NUMBERS, "method", "clip")}
+            parts["named"] = dict.fromkeys(sorted(given & keys))
         parts["dtype"] = config.train.compute_dtype
         parts.get("run", {}).pop("dir", None)
         lineage = resolve.lineage(config.model)
@@ -125,7 +130,7 @@ def chained(
     known = _known(out)
     reports = []
     for number, link in enumerate(links):
-        name, asked = link.folder.name, link.asked()
+        name, asked = link.folder.name, link.asked(overrides)
         before = known.get(name)
         found = link.report() if before == asked else None
         if found is not None:

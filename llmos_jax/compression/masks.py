@@ -188,5 +188,7 @@ def _stays(
     else:
         grouped, lost = (1, K, N), int(K * sparsity)
     order_GgN = jnp.argsort(score_KN.reshape(grouped), axis=1, stable=True)
-    rank_GgN = jnp.argsort(order_GgN, axis=1)
-    return (rank_GgN >= lost).reshape(K, N)
+    stays_GgN = jnp.put_along_axis(
+        jnp.ones(grouped, bool), order_GgN[:, :lost], False, axis=1, inplace=False
+    )
+    return stays_GgN.reshape(K, N)

@@ -33,8 +33,8 @@ class Noise(NamedTuple):
 
 def dropped(x: jax.Array, noise: Noise | None) -> jax.Array:
     """`x`, [B, D] or [B, T, D], with some features 0 and the others larger by as much;
-    the same features of all tokens of a text (arXiv 1512.05287), which also costs a T-th
-    of the random numbers."""
+    the same ones of all tokens of a text (arXiv 1512.05287), which also takes a T-th of
+    the random numbers."""
     if noise is None:
         return x
     shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])

@@ -1,9 +1,9 @@
 """A classifier of texts: embeddings, bidirectional LSTM layers, pooling, a linear head.
 What is pooled is a token's states beside its embedding (RCNN: Lai et al. 2015, AAAI).
 
-B sequences, T tokens, D model, F state of a direction, R directions, G gates. Both directions run in one scan,
-as a batch of two products: the loop is what costs, not the numbers in it. The backward
-direction reads each text from its own last token.
+B sequences, T tokens, D model, F state of a direction, R directions, G gates. Both
+directions run in one scan, as a batch of two products: the loop is what costs, not the
+numbers in it. The backward direction reads each text from its own last token.
 """
 
 from __future__ import annotations

@@ -105,7 +105,8 @@ def test_what_changed_is_done_again_with_what_follows(
 ):
     out = tmp_path / "chain"
     report = made(small_run, out, texts)
-    assert json.loads((out / "report.json").read_text()) == report
+    written = json.loads((out / "report.json").read_text())
+    assert written == json.loads(json.dumps(report))
     # Stored as it was trained, and the same model as the link before it.
     assert open_model(report["made"]).skeleton.spec.quantization.weights == "int4"
     rows = {row["link"]: row for row in report["chain"]}
@@ -146,7 +147,8 @@ def test_a_student_learns_from_its_teacher(small_run, tmp_path, texts, capsys):
     assert "perplexity" in shown and "kld" in shown
     report = json.loads((out / "report.json").read_text())
     assert report["stored_as"] == "int8" and report["steps"] == 4
-    assert report["perplexity_of_teacher"] == report["perplexity_before"]
+    of_teacher, before = report["perplexity_of_teacher"], report["perplexity_before"]
+    assert of_teacher == pytest.approx(before, rel=1e-5)  # two programs
     assert open_model(str(out)).skeleton.spec.name == report["model"]
     with pytest.raises(ConfigError, match="not empty"):
         driver.compress(str(small_run), [*words[3:][1::2], f"compress.out={out}"])
@@ -155,7 +157,7 @@ def test_a_student_learns_from_its_teacher(small_run, tmp_path, texts, capsys):
 MISTAKES = {
     "after the end": ('["export","train"]', "a Bundle is served"),
     "whole numbers": ('["quantize","distill"]', "Quantize last"),
-    "unknown": ('["squeeze"]', "not one of"),
+    "unknown": ('["squeeze"]', "squeeze"),
 }
 
 

@@ -351,6 +351,7 @@ def test_two_models_that_do_not_fit_are_refused_with_the_remedy(files):
                 "batch.seq_len=16",
                 "plan.phase=prefill",
                 "plan.mesh.data=8",
+                "train.compute_dtype=float32",
             ],  # fmt: skip
         ).config
     )

@@ -7,7 +7,7 @@ keep them: whoever serves a classifier will be sent empty texts, and it must ans
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from llmos_jax.data.labelled.sides import (
     quoted,
     shortened,
 )
+from llmos_jax.data.sources import PYTHON_DOCS
 from llmos_jax.data.token_file import code_digest
 from llmos_jax.data.tokenizer import Tokenizer, check_vocabulary
 from llmos_jax.data.tokens import TRAINER_BYTES, given_tokenizer
@@ -76,7 +77,13 @@ def labels_of(section: DataSection) -> tuple[str, ...]:
     Raises:
         DataError: rows that cannot be read, or of one class only.
     """
-    return _labels(_training_rows(section, []))
+    return _labels(_training_rows(own_task(section), []))
+
+
+def own_task(section: DataSection) -> DataSection:
+    """The task that needs no download, where the default for texts would stand."""
+    is_default = section.train == (PYTHON_DOCS,)
+    return replace(section, train=(PYTHON_PACKAGES,)) if is_default else section
 
 
 def prepare_labelled(
@@ -109,7 +116,7 @@ def prepare_labelled(
         DataError: rows that cannot be read, labels that training data lack, one class.
         ConfigError: a tokenizer that cannot be read or does not fit the model.
     """
-    notes: Notes = []
+    section, notes = own_task(section), list[str]()
     on_progress(f"reading {', '.join(section.train)}")
     rows = _training_rows(section, notes)
     found = _labels(rows)
@@ -171,7 +178,7 @@ def read_to_predict(
         DataError: rows that cannot be read; where labels are needed, one that is not
             among `labels`.
     """
-    notes: Notes = []
+    section, notes = own_task(section), list[str]()
     known = None if needs_labels else labels
     if section.test or PYTHON_PACKAGES in section.train:
         name, rows = "test", _test_rows(section, notes, known)

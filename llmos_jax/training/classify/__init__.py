@@ -13,7 +13,7 @@ from llmos_jax.training.classify.session import (
     open_class_scorer,
     open_class_session,
 )
-from llmos_jax.training.classify.step import Lesson, class_step, class_sums
+from llmos_jax.training.classify.step import ClassLesson, class_step, class_sums
 from llmos_jax.training.classify.summary import (
     classes_of,
     confusion_of,
@@ -24,7 +24,7 @@ __all__ = [
     "ClassScore",
     "ClassScorer",
     "Judged",
-    "Lesson",
+    "ClassLesson",
     "class_batches",
     "class_figures",
     "class_score",

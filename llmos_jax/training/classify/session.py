@@ -33,7 +33,7 @@ from llmos_jax.lowering import (
 )
 from llmos_jax.models import Params, Skeleton
 from llmos_jax.training.classify.score import ClassScore, ClassScorer
-from llmos_jax.training.classify.step import Lesson, class_step, class_sums
+from llmos_jax.training.classify.step import ClassLesson, class_step, class_sums
 from llmos_jax.training.optimizer import make_optimizer
 from llmos_jax.training.scorer import Places, Progress
 from llmos_jax.training.session import Session
@@ -101,7 +101,7 @@ def open_class_session(
     )
 
 
-def lesson_of(asked: ClassifySection, train: LabelledSide, seed: int) -> Lesson:
+def lesson_of(asked: ClassifySection, train: LabelledSide, seed: int) -> ClassLesson:
     """What `[classify]` asks of training.
 
     Raises:
@@ -116,7 +116,7 @@ def lesson_of(asked: ClassifySection, train: LabelledSide, seed: int) -> Lesson:
     counts = train.counts
     even = sum(counts) / len(counts)
     is_balanced = asked.class_weights == "balanced"
-    return Lesson(
+    return ClassLesson(
         dropout=asked.dropout,
         word_dropout=asked.word_dropout,
         label_smoothing=asked.label_smoothing,

@@ -28,7 +28,7 @@ from llmos_jax.training.step import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lesson:
+class ClassLesson:
     """What is asked of a classifier in training."""
 
     dropout: float
@@ -45,7 +45,7 @@ def class_step(
     *,
     compute_dtype: str,
     way: Way,
-    lesson: Lesson,
+    lesson: ClassLesson,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Return the function (state, batch) -> (state, metrics); metrics have `loss`,
     `accuracy` and `grad_norm`. The noise of a step depends on its number alone."""
@@ -115,7 +115,7 @@ def class_logits(
 
 
 def _judged(
-    logits_BC: jax.Array, batch: Batch, lesson: Lesson
+    logits_BC: jax.Array, batch: Batch, lesson: ClassLesson
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy with smoothed labels, and whether the best guess is right: [B]."""
     label_B, smoothing = batch["labels"][:, 0], lesson.label_smoothing
@@ -126,7 +126,7 @@ def _judged(
     return loss_B, (jnp.argmax(logits_BC, axis=-1) == label_B).astype(jnp.float32)
 
 
-def _weighed(batch: Batch, lesson: Lesson) -> Batch:
+def _weighed(batch: Batch, lesson: ClassLesson) -> Batch:
     """Rows counted by themselves, and by their class; each 1 on average."""
     weights_C = jnp.asarray(lesson.class_weights, jnp.float32)
     label_B1 = batch["labels"]
