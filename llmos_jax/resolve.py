@@ -424,6 +424,7 @@ def open_to_compress(
     """
     if has_weights(name):
         opened, config = open_with_config(name, overrides)
+        check_speaks(opened.skeleton.spec, "compress")
         return opened, as_it_was_trained(opened, config, overrides)
     config = load_config(name, overrides).config
     if not has_weights(config.model):
@@ -432,6 +433,7 @@ def open_to_compress(
             "model to a run, a checkpoint, a Hugging Face folder or a GGUF file."
         )
     opened = open_model(config.model)
+    check_speaks(opened.skeleton.spec, "compress")
     adapter = config.lora.adapter
     config = as_it_was_trained(opened, config, overrides)
     return (opened if adapter is None else lay_over(opened, adapter)), config

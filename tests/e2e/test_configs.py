@@ -61,7 +61,9 @@ def test_a_model_is_planned_by_its_name(name, capsys):
     assert json.loads(capsys.readouterr().out)["model"]["name"] == name
 
 
-@pytest.mark.parametrize("config", ["lstm", "transformer", "backbone"])
+@pytest.mark.parametrize(
+    "config", ["lstm", pytest.param("transformer", marks=pytest.mark.slow), "backbone"]
+)
 def test_a_classifier_trains_two_steps_and_is_scored(
     config, tmp_path, small_model, capsys
 ):

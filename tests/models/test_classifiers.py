@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -37,11 +38,20 @@ def spec_of(name, pooling="mean", **more):
 
 def logits_of(name, tokens, lengths, pooling="mean", noise=None):
     skeleton = models.skeleton(spec_of(name, pooling))
-    params = jax.jit(skeleton.init)(jax.random.key(3))
+    params = drawn(name)
+
+    @jax.jit
+    def logits(params, tokens, lengths):
+        return skeleton.bind(params).class_logits(tokens, lengths, noise)
+
+    return logits(params, jnp.asarray(tokens), jnp.asarray(lengths))
+
+
+@functools.cache
+def drawn(name):
+    params = jax.jit(models.skeleton(spec_of(name)).init)(jax.random.key(3))
     # Fresh heads and tables are near zero: larger, so that differences show.
-    params = {path: x * 8 if x.ndim > 1 else x for path, x in params.items()}
-    model = skeleton.bind(params)
-    return model.class_logits(jnp.asarray(tokens), jnp.asarray(lengths), noise)
+    return {path: x * 8 if x.ndim > 1 else x for path, x in params.items()}
 
 
 @pytest.fixture(scope="module")
