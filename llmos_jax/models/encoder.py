@@ -2,7 +2,8 @@
 
 B sequences, T tokens, D model, N query heads, K key/value heads, H head size, G queries
 of a key. The blocks are a decoder's, rotary positions included; only the mask differs:
-padding is seen by nobody.
+padding is seen by nobody. Beside the features of the last block the embeddings are
+pooled and say what they know: few texts teach single words better than their order.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class TransformerClassifier(nnx.Module):
 
         self.layers = stack(rngs)
         self.final_norm = RMSNorm(spec.embed_dim, spec.norm_eps)
-        self.classifier = ClassHead(spec.classes, spec.embed_dim, "embed", rngs=rngs)
+        head = functools.partial(ClassHead, spec.classes, spec.embed_dim, "embed")
+        self.classifier, self.word_classifier = head(rngs=rngs), head(rngs=rngs)
 
     def class_logits(
         self, tokens_BT: jax.Array, lengths_B: jax.Array, noise: Noise | None = None
@@ -115,7 +117,7 @@ class TransformerClassifier(nnx.Module):
         x_BTD = self.embed(tokens_BT, self.final_norm.scale[...].dtype)
         if noise is not None:
             x_BTD = dropped(words_dropped(x_BTD, noise.of(0)), noise.of(1))
-        x_BTD = annotate(x_BTD, "batch", "residual", "embed")
+        word_BTD = x_BTD = annotate(x_BTD, "batch", "residual", "embed")
         graph, state = nnx.split(self.layers)
 
         def body(
@@ -130,4 +132,6 @@ class TransformerClassifier(nnx.Module):
             self.spec.num_layers,
         )
         x_BTD, _ = jax.lax.scan(body, x_BTD, (state, keys))
-        return self.classifier(self.final_norm(x_BTD), lengths_B, noise)
+        of_all = self.classifier(self.final_norm(x_BTD), lengths_B, noise)
+        own = None if noise is None else noise.of(3)
+        return of_all + self.word_classifier(word_BTD, lengths_B, own)

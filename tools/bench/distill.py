@@ -4,9 +4,11 @@
     .venv/bin/python tools/bench/distill.py --student DIR --text FILE --score FILE
         [--teacher DIR] [--only distill|qat] [--steps N] [--work DIR] [--json]
 
-distill: three runs of the same shape over the same batches: a pruned student taught by
-the model that it was cut from, the same student fine-tuned on the text alone, and the
-shape from random weights. What is compared is perplexity on another text.
+distill: runs of the same shape over the same batches: a pruned student taught by the
+model that it was cut from, as that is and after it was trained on the text itself
+(--teacher-steps; "teacher correction", arXiv 2408.11796), the same student fine-tuned
+on the text alone, and the shape from random weights. What is compared is perplexity on
+another text of the kind.
 
 qat: the model, in float and rounded to int4 by 32 (to nearest, largest weight largest
 number, tables in int8); after training with [qat], rounded; and, since training on text
@@ -124,10 +126,19 @@ class Bench:
 def distill(bench: Bench) -> dict[str, Any]:
     """Perplexity of the three, and of student and teacher before."""
     asked, rates = bench.asked, LEARNING_RATES
-    taught = bench.run(
-        *("distilled", asked.student, rates["student"]),
-        distill__teacher=asked.teacher,
-        distill__weight=asked.weight,
+    corrected = bench.run(
+        *("corrected", asked.teacher, rates["qat"]), train__steps=asked.teacher_steps
+    )
+    taught, by_corrected = (
+        bench.run(
+            *(name, asked.student, rates["student"]),
+            distill__teacher=teacher,
+            distill__weight=asked.weight,
+        )
+        for name, teacher in (
+            ("distilled", asked.teacher),
+            ("distilled_corrected", bench.work / "corrected"),
+        )
     )
     alone = bench.run("fine_tuned", asked.student, rates["student"])
     random = bench.run(
@@ -140,14 +151,19 @@ def distill(bench: Bench) -> dict[str, Any]:
         "tokens": taught["tokens_seen"],
         "teacher": bench.evaluate(asked.teacher),
         "student_before": bench.evaluate(asked.student),
+        "teacher_corrected": corrected["val_perplexity"],
         "distilled": taught["val_perplexity"],
+        "distilled_corrected": by_corrected["val_perplexity"],
         "fine_tuned": alone["val_perplexity"],
         "random": random["val_perplexity"],
         "tokens_per_s": {
             name: round(one["tokens_per_s"])
-            for name, one in (("distilled", taught), ("fine_tuned", alone))
+            for name, one in (
+                ("distilled", by_corrected),
+                ("fine_tuned", alone),
+            )
         },
-        "distilled_is_best": taught["val_perplexity"]
+        "distilled_is_best": by_corrected["val_perplexity"]
         < min(alone["val_perplexity"], random["val_perplexity"]),
     }
 
@@ -197,6 +213,7 @@ def main() -> None:
     parser.add_argument("--score-bytes", type=int, default=60_000)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--teacher-steps", type=int, default=30)
     parser.add_argument("--weight", type=float, default=0.8, help="of the teacher")
     parser.add_argument("--tokenizer", help="data.tokenizer; default: the teacher's")
     parser.add_argument("--only", choices=["distill", "qat"])
