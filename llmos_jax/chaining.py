@@ -85,8 +85,8 @@ class Link:
         parts["compress"] = {name: getattr(config.compress, name) for name in keys}
         if self.kind == "quantize":
             given = {text.partition("=")[0].strip() for text in overrides}
-            keys = {f"compress.{name}" for name in (*OF_NUMBERS, "method", "clip")}
-            parts["named"] = dict.fromkeys(sorted(given & keys))
+            named = {f"compress.{name}" for name in (*OF_NUMBERS, "method", "clip")}
+            parts["named"] = dict.fromkeys(sorted(given & named))
         parts["dtype"] = config.train.compute_dtype
         parts.get("run", {}).pop("dir", None)
         lineage = resolve.lineage(config.model)
