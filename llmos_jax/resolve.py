@@ -215,6 +215,11 @@ def with_classes(spec: ModelSpec, config: RunConfig) -> ModelSpec:
             f"classify.backbone = frozen: model = {config.model} has no weights that "
             "could stay as they are. Name a run, a Hugging Face folder or a GGUF file."
         )
+    if is_frozen and spec.lora is not None:
+        raise ConfigError(
+            "classify.backbone = frozen leaves all but the head as it is, and [lora] "
+            "trains factors beside it. Leave one of them out."
+        )
     classes = Classes(labels=labels, pooling=_pooling(spec, asked), is_frozen=is_frozen)
     return replace(spec, classes=classes).check()
 

@@ -149,14 +149,7 @@ class TrainBatches:
             DataError: the state is of another text, seed or batch shape, in which the
                 same step is another row.
         """
-        for name, ours in self._identity.items():
-            theirs = state.get(name, _SINCE.get(name))
-            if theirs != ours:
-                raise DataError(
-                    f"the data order cannot go on: {name} was {theirs} when "
-                    f"it was saved and is {ours} now. Restore the setting or the "
-                    "text, or start anew in another run.dir."
-                )
+        check_same_order({**_SINCE, **state}, self._identity, "text")
         self._seek(int(state["step"]))
 
     def close(self) -> None:
@@ -174,6 +167,28 @@ class TrainBatches:
         )
         self._step = step
         self._iterator = iter(self._steps[step:].to_iter_dataset(ahead))
+
+
+def check_same_order(
+    state: dict[str, Any], identity: dict[str, Any], what: str
+) -> None:
+    """Refuse to go on from a state in which the same step is another batch.
+
+    Args:
+        state: as it was saved.
+        identity: what the order follows from.
+        what: is read.
+
+    Raises:
+        DataError: naming what differs.
+    """
+    for name, ours in identity.items():
+        if state.get(name) != ours:
+            raise DataError(
+                f"the data order cannot go on: {name} was {state.get(name)} when it "
+                f"was saved and is {ours} now. Restore the setting or the {what}, or "
+                "start anew in another run.dir."
+            )
 
 
 def _endless(rows: RowSource | PackedRows, seed: int) -> grain.MapDataset:

@@ -19,6 +19,7 @@ from llmos_jax.models.annotate import Axes, annotate
 from llmos_jax.models.attention import Attention, Sight, token_order
 from llmos_jax.models.cache import KVCache
 from llmos_jax.models.classes import ClassHead, Noise
+from llmos_jax.models.draw import stacked
 from llmos_jax.models.in_place import at_layer, left_whole
 from llmos_jax.models.layers import Embedding, FeedForward, Head, RMSNorm, capped
 from llmos_jax.models.moe import MoE, Routing
@@ -103,15 +104,9 @@ class Decoder(nnx.Module):
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         self.spec = spec
         self.embed = Embedding(spec, rngs=rngs)
-
-        @nnx.split_rngs(splits=spec.num_layers)
-        @nnx.vmap(
-            in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"}
+        self.layers: Block = stacked(
+            lambda rngs: Block(spec, rngs=rngs), spec.num_layers, rngs
         )
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(spec, rngs=rngs)
-
-        self.layers = stack(rngs)
         self.final_norm = RMSNorm(
             spec.embed_dim, spec.norm_eps, offset=spec.norm_offset
         )

@@ -19,6 +19,7 @@ from llmos_jax.kernels.attention import rotate
 from llmos_jax.models.annotate import annotate
 from llmos_jax.models.attention import Angles, Attention
 from llmos_jax.models.classes import ClassHead, Noise, counts, dropped, words_dropped
+from llmos_jax.models.draw import stacked
 from llmos_jax.models.layers import Embedding, FeedForward, RMSNorm
 from llmos_jax.models.project import project
 from llmos_jax.models.rope import rotary_angles
@@ -88,15 +89,9 @@ class TransformerClassifier(nnx.Module):
         assert spec.classes is not None
         self.spec = spec
         self.embed = Embedding(spec, rngs=rngs)
-
-        @nnx.split_rngs(splits=spec.num_layers)
-        @nnx.vmap(
-            in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"}
+        self.layers: EncoderBlock = stacked(
+            lambda rngs: EncoderBlock(spec, rngs=rngs), spec.num_layers, rngs
         )
-        def stack(rngs: nnx.Rngs) -> EncoderBlock:
-            return EncoderBlock(spec, rngs=rngs)
-
-        self.layers = stack(rngs)
         self.final_norm = RMSNorm(spec.embed_dim, spec.norm_eps)
         head = functools.partial(ClassHead, spec.classes, spec.embed_dim, "embed")
         self.classifier, self.word_classifier = head(rngs=rngs), head(rngs=rngs)

@@ -15,7 +15,7 @@ import numpy as np
 
 from llmos_jax.scheduling.answer import no_number
 from llmos_jax.scheduling.pages import Pages
-from llmos_jax.scheduling.request import FinishReason, Hear, Progress, Request, Times
+from llmos_jax.scheduling.request import FinishReason, Hear, Progress, Request
 from llmos_jax.scheduling.room import doubling
 from llmos_jax.scheduling.scheduler import NOTHING, Counters
 from llmos_jax.scheduling.sequence import Sequence
@@ -182,8 +182,7 @@ class Batching:
 
     def _expire(self, now: float) -> None:
         for sequence in list(self._by_id.values()):
-            deadline = sequence.request.deadline
-            if deadline is not None and deadline <= now:
+            if sequence.is_late(now):
                 self._end(sequence, "deadline", now)
 
     def _end(
@@ -201,12 +200,7 @@ class Batching:
         else:
             self.running.remove(sequence)
         del self._by_id[sequence.request.id]
-        times = Times(
-            queued=sequence.queued,
-            admitted=sequence.admitted,
-            first_token=sequence.first_token,
-            ended=now,
-        )
+        times = sequence.times(now)
         sequence.hear(replace(last, reason=reason, problem=problem, times=times))
 
 

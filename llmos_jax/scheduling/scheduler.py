@@ -26,7 +26,6 @@ from llmos_jax.scheduling.request import (
     Hear,
     Progress,
     Request,
-    Times,
 )
 from llmos_jax.scheduling.room import Room
 from llmos_jax.scheduling.sequence import Sequence
@@ -424,8 +423,7 @@ class Scheduler:
 
     def _expire(self, now: float) -> None:
         for sequence in list(self._by_id.values()):
-            deadline = sequence.request.deadline
-            if deadline is not None and deadline <= now:
+            if sequence.is_late(now):
                 self._end(sequence, "deadline", now)
 
     def _end(
@@ -444,12 +442,7 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         del self._by_id[sequence.request.id]
-        times = Times(
-            queued=sequence.queued,
-            admitted=sequence.admitted,
-            first_token=sequence.first_token,
-            ended=now,
-        )
+        times = sequence.times(now)
         sequence.hear(
             replace(
                 last,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmos_jax.scheduling.pages import ROOT, Digest
-from llmos_jax.scheduling.request import FinishReason, Hear, Request
+from llmos_jax.scheduling.request import FinishReason, Hear, Request, Times
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -52,6 +52,20 @@ class Sequence:
     def prompt_tokens(self) -> int:
         """Of the request."""
         return len(self.request.prompt)
+
+    def times(self, ended: float) -> Times:
+        """When it came, began and ended."""
+        return Times(
+            queued=self.queued,
+            admitted=self.admitted,
+            first_token=self.first_token,
+            ended=ended,
+        )
+
+    def is_late(self, now: float) -> bool:
+        """Whether its deadline has passed."""
+        deadline = self.request.deadline
+        return deadline is not None and deadline <= now
 
     @property
     def is_ended(self) -> bool:

@@ -40,18 +40,7 @@ async def classify(http: HttpRequest) -> Response:
     room.check_model(body.model)
     prompts = await _prompts(room, body)
     caller, answer_id = caller_of(http), prepare.new_id("classify")
-    requests = [
-        Request(
-            id=f"{answer_id}-{index}",
-            prompt=prompt,
-            max_tokens=0,
-            tenant=caller.tenant or body.user or "",
-            priority=body.priority or 0,
-            deadline=prepare.deadline_of(caller, body.timeout),
-            wants="classes",
-        )
-        for index, prompt in enumerate(prompts)
-    ]
+    requests = prepare.whole_requests(prompts, answer_id, caller, body, "classes")
     logits = await _logits(http, room, requests)
     tokens = sum(prompt.size for prompt in prompts)
     return json_response(

@@ -8,7 +8,6 @@ import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from llmos_jax.scheduling import Request
 from llmos_jax.server import prepare
 from llmos_jax.server.answers import Answer, Whole
 from llmos_jax.server.door import body_of, caller_of, note, room_of
@@ -32,18 +31,7 @@ async def embeddings(http: HttpRequest) -> Response:
     asked = prompts_of(body.input, "input")
     prompts = await prepare.encode_prompts(room, asked, "input", room_for=0)
     answer_id = prepare.new_id("embd")
-    requests = [
-        Request(
-            id=f"{answer_id}-{index}",
-            prompt=prompt,
-            max_tokens=0,
-            tenant=caller.tenant or body.user or "",
-            priority=body.priority or 0,
-            deadline=prepare.deadline_of(caller, body.timeout),
-            wants="embedding",
-        )
-        for index, prompt in enumerate(prompts)
-    ]
+    requests = prepare.whole_requests(prompts, answer_id, caller, body, "embedding")
     vectors = []
     # In turns, so that a long list neither overflows the queue nor fills it.
     for begin in range(0, len(requests), room.limits.seats):

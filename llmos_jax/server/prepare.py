@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,12 @@ from llmos_jax.data import prompt_ids
 from llmos_jax.errors import ConfigError
 from llmos_jax.scheduling import Grammar, Request, Sampling
 from llmos_jax.server.grammar import Kind
-from llmos_jax.server.protocol import Generate, StructuredOutputs
+from llmos_jax.server.protocol import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    Generate,
+    StructuredOutputs,
+)
 from llmos_jax.server.refusals import Refusal, refusal_of, too_long
 from llmos_jax.server.room import Room
 
@@ -42,6 +47,28 @@ class Caller:
 def new_id(kind: str) -> str:
     """Return a name that no other answer has."""
     return f"{kind}-{uuid.uuid4().hex}"
+
+
+def whole_requests(
+    prompts: Sequence[np.ndarray],
+    answer_id: str,
+    caller: Caller,
+    body: EmbeddingRequest | ClassifyRequest,
+    wants: Literal["embedding", "classes"],
+) -> list[Request]:
+    """Return a request for each prompt of which no token is to follow."""
+    return [
+        Request(
+            id=f"{answer_id}-{index}",
+            prompt=prompt,
+            max_tokens=0,
+            tenant=caller.tenant or body.user or "",
+            priority=body.priority or 0,
+            deadline=deadline_of(caller, body.timeout),
+            wants=wants,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def deadline_of(caller: Caller, timeout: float | None) -> float | None:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from llmos_jax.data.batches import check_same_order
 from llmos_jax.data.labelled.sides import LabelledSide
 from llmos_jax.data.rows import Batch
-from llmos_jax.errors import DataError
 
 SHORTEST = 16
 """The first bucket's length, a judgement: padding costs little below it."""
@@ -129,13 +129,7 @@ class LabelledBatches:
             DataError: the state is of other rows, seed or batch shape, in which the
                 same step is another batch.
         """
-        for name, ours in self._identity.items():
-            if state.get(name) != ours:
-                raise DataError(
-                    f"the data order cannot go on: {name} was {state.get(name)} when "
-                    f"it was saved and is {ours} now. Restore the setting or the "
-                    "rows, or start anew in another run.dir."
-                )
+        check_same_order(state, self._identity, "rows")
         self._step = int(state["step"])
 
     def close(self) -> None:

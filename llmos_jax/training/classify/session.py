@@ -53,12 +53,18 @@ def open_class_session(
 
     Raises:
         LowerError: the devices are not those the plan is for.
-        ConfigError: replicas are to learn alone; noise that is no share.
+        ConfigError: replicas are to learn alone, zeros are to stay; noise that is no
+            share.
     """
     if plan.workload.local_steps:
         raise ConfigError(
             "sync.strategy = local: replicas of a classifier agree after every step. "
             "Leave it out."
+        )
+    if config.train.keep_zeros:
+        raise ConfigError(
+            "train.keep_zeros is for pruned models that predict tokens, and "
+            f"{skeleton.spec.name} is a classifier. Leave it out."
         )
     mesh, train = device_mesh(plan), config.train
     lesson = lesson_of(config.classify, data.train, config.run.seed)
